@@ -1,0 +1,57 @@
+"""vit_jax: from convolution to attention in JAX and Flax."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r"__version__ = '(.+)'", (HERE / 'vit_jax' / '__init__.py').read_text()
+)[1]
+
+setup(
+    name='vit_jax',
+    version=VERSION,
+    description='From convolution to attention: ViT, ConViT and their road, in JAX/Flax',
+    long_description=(HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['vit_jax', 'vit_jax.*']),
+    entry_points={'console_scripts': ['vit_jax = vit_jax.main:main']},
+    # Lower bounds are the oldest versions whose interfaces we use, upper bounds the
+    # next release that may break them. `constraints.txt` pins a set that passed.
+    install_requires=[
+        'absl-py>=2.1,<3',
+        'array-record>=0.7,<0.9',
+        'chex>=0.1.90,<0.2',
+        'flax>=0.12,<0.13',
+        'grain>=0.2.12,<0.3',
+        'jax>=0.10,<0.12',
+        'ml-collections>=1.0,<2',
+        'numpy>=2.0,<3',
+        'optax>=0.2.5,<0.3',
+        'orbax-checkpoint>=0.11.25,<0.13',
+        'pillow>=11,<14',
+        'scikit-learn>=1.5,<2',
+        'tensorboardX>=2.6.2,<3',
+        'tensorflow-datasets>=4.9.9,<5',
+        'tqdm>=4.66,<5',
+    ],
+    extras_require={
+        'test': ['mypy>=1.11,<3', 'pytest>=8,<10', 'ruff>=0.6,<1'],
+        # TensorFlow, for TFDS to prepare the datasets it downloads itself.
+        'prepare': ['tensorflow>=2.18,<3'],
+        'torch': ['torch>=2.4,<3'],
+        'text': ['sentencepiece>=0.2,<0.3', 'sacrebleu>=2.4,<3'],
+        'tpu': ['jax[tpu]>=0.10,<0.12'],
+        'gpu': ['jax[cuda12]>=0.10,<0.12'],
+    },
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)

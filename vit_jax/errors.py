@@ -1,0 +1,30 @@
+"""Errors a user can cause, told in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message says what was wrong and what would be right.
+
+    The command line prints it as one line and exits with a non-zero code. From
+    Python it is a `ValueError`.
+    """
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
+    """The error for a `name` that is none of `options`: offers the nearest one."""
+    options = sorted(options)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if near:
+        return UserError(f'unknown {kind} {name!r}; did you mean {near[0]!r}?')
+    return UserError(f'unknown {kind} {name!r}; choose one of: {", ".join(options)}')
+
+
+def times(lengths: Iterable[int]) -> str:
+    """Lengths of axes as people write them.
+
+    >>> times((4, 9))
+    '4x9'
+    """
+    return 'x'.join(map(str, lengths))

@@ -1,0 +1,1 @@
+"""Layers: pure functions, and thin Flax modules over them."""

@@ -1,0 +1,62 @@
+"""From encoded tokens to logits."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vit_jax.errors import unknown
+from vit_jax.layers.pooling import AttentionPool, pool_tokens
+from vit_jax.typing import Array, Dtype, Initializer
+
+POOLS = ('cls', 'mean', 'map')
+
+
+class Head(nn.Module):
+    """Norm, pooling, an optional hidden layer (pre-logits), and the classifier.
+
+    "An Image is Worth 16x16 Words", arXiv 2010.11929, section 3.1.
+
+    Attributes:
+      num_classes: V; None returns the pooled features.
+      pool: 'cls' (the first token), 'mean' or 'map' (attention pooling).
+      num_heads: heads of the 'map' pooling.
+      mlp_dim: hidden size of the 'map' pooling.
+      representation_size: size of the tanh layer before the classifier; None for
+        no such layer.
+      layer_norm_eps: epsilon of the LayerNorms.
+      head_init: initializer of the classifier's kernel.
+      dtype: dtype of the computation; the classifier computes in float32.
+    """
+
+    num_classes: int | None
+    pool: str
+    num_heads: int
+    mlp_dim: int
+    representation_size: int | None = None
+    layer_norm_eps: float = 1e-6
+    head_init: Initializer = nn.initializers.zeros
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x, `[B, T, D]`. Returns `[B, V]` float32."""
+        if self.pool not in POOLS:
+            raise unknown('pool', self.pool, POOLS)
+        x = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
+        if self.pool == 'map':
+            pool = AttentionPool(
+                self.num_heads,
+                self.mlp_dim,
+                self.layer_norm_eps,
+                dtype=self.dtype,
+                name='pool',
+            )
+            x = pool(x, train=train)
+        else:
+            x = pool_tokens(x, self.pool)
+        if self.representation_size is not None:
+            x = nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(x)
+            x = jnp.tanh(x)
+        x = x.astype(jnp.float32)
+        if self.num_classes is None:
+            return x
+        return nn.Dense(self.num_classes, kernel_init=self.head_init, name='logits')(x)

@@ -1,0 +1,48 @@
+"""A plain convolutional network: the baseline of the small experiments."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vit_jax.layers.patch import check_channels
+from vit_jax.typing import Array, Dtype
+
+
+class CNN(nn.Module):
+    """3x3 convolutions with GroupNorm and ReLU, mean pooling, a classifier.
+
+    Attributes:
+      num_classes: V; None returns the pooled features.
+      widths: channels of each convolution.
+      strides: stride of each convolution.
+      kernel_size: side of the kernels.
+      num_groups: groups of each GroupNorm; must divide every width.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    num_classes: int | None
+    widths: tuple[int, ...] = (48, 48, 88, 88, 88)
+    strides: tuple[int, ...] = (1, 1, 2, 1, 1)
+    kernel_size: int = 3
+    num_groups: int = 8
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Array, *, train: bool = False) -> Array:
+        """Args: image, `[B, height, width, channels]`. Returns logits `[B, V]`."""
+        del train  # there is nothing that differs
+        check_channels(self, 'conv0', image.shape[-1])
+        x = image
+        kernel = (self.kernel_size, self.kernel_size)
+        for i, (width, stride) in enumerate(zip(self.widths, self.strides, strict=True)):
+            x = nn.Conv(
+                width,
+                kernel,
+                strides=(stride, stride),
+                use_bias=False,
+                dtype=self.dtype,
+                name=f'conv{i}',
+            )(x)
+            x = nn.GroupNorm(self.num_groups, dtype=self.dtype, name=f'norm{i}')(x)
+            x = nn.relu(x)
+        x = jnp.mean(x, axis=(1, 2)).astype(jnp.float32)
+        return x if self.num_classes is None else nn.Dense(self.num_classes, name='head')(x)

@@ -1,0 +1,149 @@
+"""ConViT: a Vision Transformer that starts as a convolution.
+
+"ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases",
+arXiv 2103.10697.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+from vit_jax.layers.attention import MultiHeadAttention
+from vit_jax.layers.blocks import EncoderBlock, drop_path_rates
+from vit_jax.layers.head import Head
+from vit_jax.layers.patch import PatchEmbed
+from vit_jax.layers.pooling import ClassToken
+from vit_jax.layers.position import PositionEmbedding
+from vit_jax.layers.psa import GPSA
+from vit_jax.layers.stochastic import Dropout
+from vit_jax.typing import Array, Dtype, Initializer
+
+
+class ConViT(nn.Module):
+    """`ViT` whose first blocks attend by content and position (GPSA).
+
+    The class token joins the patches after the last GPSA block, whose positions
+    are those of the grid only.
+
+    Attributes:
+      num_local_layers: how many blocks, from the first, have GPSA.
+      local_init: start GPSA as a convolution; needs a square number of heads.
+      locality_strength: sharpness of that convolution.
+      gpsa_impl: see `gated_positional_attention`.
+      The others are those of `ViT`; the attention maps have biases as `qkv_bias`
+      says, in both kinds of block.
+    """
+
+    num_classes: int | None
+    patch_size: int | tuple[int, int] = 16
+    width: int = 192
+    depth: int = 12
+    mlp_dim: int = 768
+    num_heads: int = 4
+    num_local_layers: int = 10
+    local_init: bool = True
+    locality_strength: float = 1.0
+    posemb: str = 'learned'
+    pool: str = 'cls'
+    qkv_bias: bool = False
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    layer_norm_eps: float = 1e-6
+    gelu_variant: str = 'exact'
+    gpsa_impl: str = 'auto'
+    attention_impl: str = 'auto'
+    kernel_init: Initializer = nn.initializers.truncated_normal(0.02)
+    head_init: Initializer = nn.initializers.truncated_normal(0.02)
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Array, *, train: bool = False) -> Array:
+        """Classifies images.
+
+        Args:
+          image: `[B, height, width, channels]`, normalised; rectangular is fine.
+          train: whether dropout and stochastic depth are on (rng 'dropout').
+
+        Returns:
+          Logits `[B, V]`, float32.
+
+        Raises:
+          UserError: when every block is local but a class token should pool, or
+            for sizes that do not fit the patches or the parameters.
+
+        >>> import jax
+        >>> model = ConViT(num_classes=7, patch_size=2, width=8, depth=2, mlp_dim=16,
+        ...                num_heads=4, num_local_layers=1)
+        >>> image = jnp.ones((3, 4, 10, 1))
+        >>> variables = model.init(jax.random.key(0), image)
+        >>> model.apply(variables, image).shape
+        (3, 7)
+        """
+        self._check_layers()
+        x = PatchEmbed(self.width, self.patch_size, dtype=self.dtype, name='patches')(
+            image
+        )
+        if x.ndim != 4:
+            raise UserError(f'ConViT takes images [B, h, w, channels]; got {image.shape}')
+        grid = x.shape[1:3]
+        x = x.reshape(x.shape[0], -1, self.width)
+        x = PositionEmbedding(self.posemb, name='posemb')(x, grid)
+        x = Dropout(self.dropout_rate, name='dropout')(x, train=train)
+
+        shared = {
+            'num_heads': self.num_heads,
+            'qkv_bias': self.qkv_bias,
+            'dropout_rate': self.attention_dropout_rate,
+            'kernel_init': self.kernel_init,
+            'dtype': self.dtype,
+        }
+        local = partial(
+            GPSA,
+            grid=grid,
+            local_init=self.local_init,
+            locality_strength=self.locality_strength,
+            impl=self.gpsa_impl,
+            attention_impl=self.attention_impl,
+            **shared,
+        )
+        content = partial(MultiHeadAttention, impl=self.attention_impl, **shared)
+        for i, rate in enumerate(drop_path_rates(self.drop_path_rate, self.depth)):
+            if i == self.num_local_layers and self.pool == 'cls':
+                x = ClassToken(name='class_token')(x)
+            x = EncoderBlock(
+                local if i < self.num_local_layers else content,
+                self.mlp_dim,
+                self.dropout_rate,
+                drop_path_rate=rate,
+                layer_norm_eps=self.layer_norm_eps,
+                gelu_variant=self.gelu_variant,
+                kernel_init=self.kernel_init,
+                dtype=self.dtype,
+                name=f'block{i:02d}',
+            )(x, train=train)
+
+        return Head(
+            self.num_classes,
+            self.pool,
+            self.num_heads,
+            self.mlp_dim,
+            layer_norm_eps=self.layer_norm_eps,
+            head_init=self.head_init,
+            dtype=self.dtype,
+            name='head',
+        )(x, train=train)
+
+    def _check_layers(self) -> None:
+        if not 0 <= self.num_local_layers <= self.depth:
+            raise UserError(
+                f'num_local_layers {self.num_local_layers} is not between 0 and the '
+                f'depth {self.depth}'
+            )
+        if self.num_local_layers == self.depth and self.pool == 'cls':
+            raise UserError(
+                f'all {self.depth} layers are local, so no class token can join; use '
+                f"num_local_layers <= {self.depth - 1}, or pool='mean'"
+            )

@@ -1,0 +1,103 @@
+"""'ConViT-S+/16' -> a row of a table."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from vit_jax.errors import UserError, unknown
+from vit_jax.models.cnn import CNN
+from vit_jax.models.convit import ConViT
+from vit_jax.models.vit import ViT
+
+
+class Size(NamedTuple):
+    width: int
+    depth: int
+    num_heads: int
+
+
+class Family(NamedTuple):
+    model: Callable[..., nn.Module]
+    sizes: dict[str, Size]
+    patches: tuple[str, ...]  # the published variants; any other patch works too
+    fields: dict[str, Any] = {}
+
+
+_NORMAL = nn.initializers.truncated_normal(0.02)
+
+FAMILIES = {
+    # arXiv 2010.11929, table 1; Ti and S from arXiv 2106.10270, table 2.
+    'ViT': Family(
+        ViT,
+        {
+            'Ti': Size(192, 12, 3),
+            'S': Size(384, 12, 6),
+            'B': Size(768, 12, 12),
+            'L': Size(1024, 24, 16),
+            'H': Size(1280, 32, 16),
+        },
+        ('Ti/16', 'S/32', 'S/16', 'B/32', 'B/16', 'L/32', 'L/16', 'H/14'),
+    ),
+    # arXiv 2012.12877, table 1.
+    'DeiT': Family(
+        ViT,
+        {'Ti': Size(192, 12, 3), 'S': Size(384, 12, 6), 'B': Size(768, 12, 12)},
+        ('Ti/16', 'S/16', 'B/16'),
+        {'kernel_init': _NORMAL, 'head_init': _NORMAL},
+    ),
+    # arXiv 2103.10697, table 1: 48 features a head, 64 in the + models.
+    'ConViT': Family(
+        ConViT,
+        {
+            'Ti': Size(192, 12, 4),
+            'Ti+': Size(256, 12, 4),
+            'S': Size(432, 12, 9),
+            'S+': Size(576, 12, 9),
+            'B': Size(768, 12, 16),
+            'B+': Size(1024, 12, 16),
+        },
+        ('Ti/16', 'Ti+/16', 'S/16', 'S+/16', 'B/16', 'B+/16'),
+    ),
+}
+
+# Models without variants.
+SINGLE = {'CNN': CNN}
+
+
+def list_variants() -> list[str]:
+    """The names of the published variants, and of models without variants."""
+    names = [f'{name}-{v}' for name, f in FAMILIES.items() for v in f.patches]
+    return names + list(SINGLE)
+
+
+def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """The module class behind a name, and the fields that the name stands for.
+
+    Args:
+      name: such as 'ViT-B/16'; any whole patch size is fine.
+
+    Raises:
+      UserError: for a name that is none; offers the nearest.
+
+    >>> decode_variant('ConViT-S+/8')[1]['patch_size']
+    8
+    """
+    if name in SINGLE:
+        return SINGLE[name], {}
+    match = re.fullmatch(r'(\w+)-([\w+]+)/(\d+)', name)
+    if not match or match[1] not in FAMILIES:
+        raise unknown('model', name, list_variants())
+    family = FAMILIES[match[1]]
+    if match[2] not in family.sizes:
+        raise unknown(f'size of {match[1]}', match[2], family.sizes)
+    if int(match[3]) == 0:
+        raise UserError(f'model {name!r} has patches of size 0')
+    size = family.sizes[match[2]]
+    return family.model, {
+        'patch_size': int(match[3]),
+        **size._asdict(),
+        'mlp_dim': 4 * size.width,
+        **family.fields,
+    }

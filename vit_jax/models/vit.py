@@ -1,0 +1,135 @@
+"""The Vision Transformer.
+
+"An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
+arXiv 2010.11929, and DeiT, arXiv 2012.12877, which has the same architecture.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vit_jax.layers.attention import MultiHeadAttention
+from vit_jax.layers.blocks import EncoderBlock, drop_path_rates
+from vit_jax.layers.head import Head
+from vit_jax.layers.patch import PatchEmbed
+from vit_jax.layers.pooling import ClassToken
+from vit_jax.layers.position import PositionEmbedding
+from vit_jax.layers.stochastic import Dropout
+from vit_jax.typing import Array, Dtype, Initializer
+
+
+class ViT(nn.Module):
+    """Patches, positions, encoder blocks, a head.
+
+    Attributes:
+      num_classes: V; None returns the pooled features.
+      patch_size: patch length, or one per axis of the input.
+      width: D, size of a token.
+      depth: number of encoder blocks.
+      mlp_dim: F, hidden size of the MLPs.
+      num_heads: heads of every attention.
+      attention: makes the attention of a block, from `num_heads`, `dtype` and the
+        other fields of `MultiHeadAttention`.
+      posemb: position embedding, see `PositionEmbedding`.
+      pool: 'cls' (a class token joins the patches), 'mean' or 'map'.
+      representation_size: size of the tanh layer before the classifier, or None.
+      qkv_bias: whether query, key and value have biases.
+      dropout_rate: dropout after embeddings, attention and in the MLPs.
+      attention_dropout_rate: dropout of the attention weights.
+      drop_path_rate: stochastic depth of the last block, growing from 0.
+      layer_norm_eps: epsilon of the LayerNorms.
+      gelu_variant: 'exact' or 'tanh'.
+      attention_impl: see `dot_product_attention`.
+      kernel_init: initializer of the linear maps.
+      head_init: initializer of the classifier's kernel.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    num_classes: int | None
+    patch_size: int | tuple[int, ...] = 16
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    attention: Callable[..., nn.Module] = MultiHeadAttention
+    posemb: str = 'learned'
+    pool: str = 'cls'
+    representation_size: int | None = None
+    qkv_bias: bool = True
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    layer_norm_eps: float = 1e-6
+    gelu_variant: str = 'exact'
+    attention_impl: str = 'auto'
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    head_init: Initializer = nn.initializers.zeros
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Array, *, train: bool = False) -> Array:
+        """Classifies images (or sequences, or videos: see `PatchEmbed`).
+
+        Args:
+          image: `[B, height, width, channels]`, normalised.
+          train: whether dropout and stochastic depth are on (rng 'dropout').
+
+        Returns:
+          Logits `[B, V]`, float32.
+
+        Raises:
+          UserError: for sizes that do not fit the patches or the parameters.
+
+        >>> import jax
+        >>> model = ViT(num_classes=7, patch_size=2, width=8, depth=1, mlp_dim=16,
+        ...             num_heads=2)
+        >>> image = jnp.ones((3, 4, 10, 1))
+        >>> variables = model.init(jax.random.key(0), image)
+        >>> model.apply(variables, image).shape
+        (3, 7)
+        """
+        x = PatchEmbed(self.width, self.patch_size, dtype=self.dtype, name='patches')(
+            image
+        )
+        grid = x.shape[1:-1]
+        x = x.reshape(x.shape[0], -1, self.width)
+        if self.pool == 'cls':
+            x = ClassToken(name='class_token')(x)
+        x = PositionEmbedding(self.posemb, name='posemb')(x, grid)
+        x = Dropout(self.dropout_rate, name='dropout')(x, train=train)
+
+        attention = partial(
+            self.attention,
+            num_heads=self.num_heads,
+            qkv_bias=self.qkv_bias,
+            dropout_rate=self.attention_dropout_rate,
+            impl=self.attention_impl,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+        )
+        for i, rate in enumerate(drop_path_rates(self.drop_path_rate, self.depth)):
+            x = EncoderBlock(
+                attention,
+                self.mlp_dim,
+                self.dropout_rate,
+                drop_path_rate=rate,
+                layer_norm_eps=self.layer_norm_eps,
+                gelu_variant=self.gelu_variant,
+                kernel_init=self.kernel_init,
+                dtype=self.dtype,
+                name=f'block{i:02d}',
+            )(x, train=train)
+
+        return Head(
+            self.num_classes,
+            self.pool,
+            self.num_heads,
+            self.mlp_dim,
+            self.representation_size,
+            self.layer_norm_eps,
+            self.head_init,
+            dtype=self.dtype,
+            name='head',
+        )(x, train=train)

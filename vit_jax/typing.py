@@ -1,0 +1,24 @@
+"""Types, and the letters that shapes are written with.
+
+    B  batch                      N, H  heads, size per head
+    T, S  query, key length       D, F  width, MLP hidden size
+    R, C  rows, columns of the token grid (T = R * C)
+    V  classes
+
+Images are `[batch, height, width, channels]`, so `H` has one meaning.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Array = jax.Array
+PRNGKey = jax.Array
+Dtype = Any
+Shape = tuple[int, ...]
+Grid = tuple[int, int]  # (rows, columns) of a token grid
+Variables = Mapping[str, Any]  # {'params': ..., other collections: ...}
+Batch = Mapping[str, Any]  # {'image': ..., 'label': ..., 'weight': ...}
+Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
+Initializer = Callable[..., Array]
