@@ -9,13 +9,13 @@ Images are `[batch, height, width, channels]`, so `H` has one meaning.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
-Array = jax.Array
-PRNGKey = jax.Array
-Dtype = Any
+Array: TypeAlias = jax.Array
+PRNGKey: TypeAlias = jax.Array
+Dtype: TypeAlias = Any
 Shape = tuple[int, ...]
 Grid = tuple[int, int]  # (rows, columns) of a token grid
 Variables = Mapping[str, Any]  # {'params': ..., other collections: ...}

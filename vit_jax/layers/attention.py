@@ -196,7 +196,9 @@ def _check_shapes(
                 f'[B, N, T, S] = {full}'
             )
     if mask is not None and mask.dtype != jnp.bool_:
-        raise UserError(f'attention mask must be boolean (True = keep), not {mask.dtype}')
+        raise UserError(
+            f'attention mask must be boolean (True = keep), not {mask.dtype}'
+        )
 
 
 def _broadcastable(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vit_jax.layers.mlp import MlpBlock
-from vit_jax.layers.stochastic import DropPath, Dropout
+from vit_jax.layers.stochastic import Dropout, DropPath
 from vit_jax.typing import Array, Dtype, Initializer
 
 

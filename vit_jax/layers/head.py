@@ -54,7 +54,9 @@ class Head(nn.Module):
         else:
             x = pool_tokens(x, self.pool)
         if self.representation_size is not None:
-            x = nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(x)
+            x = nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(
+                x
+            )
             x = jnp.tanh(x)
         x = x.astype(jnp.float32)
         if self.num_classes is None:

@@ -82,4 +82,3 @@ def check_channels(module: nn.Module, name: str, channels: int) -> None:
         raise UserError(
             f'the model takes images of {expected} channels; got {channels}'
         )
-

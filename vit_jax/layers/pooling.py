@@ -7,6 +7,7 @@ from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.mlp import MlpBlock
 from vit_jax.typing import Array, Dtype, Initializer
 
+
 class ClassToken(nn.Module):
     """Puts a learned token before the others.
 

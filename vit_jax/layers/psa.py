@@ -129,7 +129,9 @@ def gated_positional_attention(
     if impl == 'auto':
         impl = 'factored'
     if impl == 'dense':
-        return apply_weights(gpsa_weights(query, key, kernel, bias, gating, grid), value)
+        return apply_weights(
+            gpsa_weights(query, key, kernel, bias, gating, grid), value
+        )
     if impl == 'factored':
         position = _apply_factors(positional_factors(kernel, grid), value, grid)
     elif impl == 'split':

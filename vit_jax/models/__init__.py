@@ -35,8 +35,9 @@ def build_model(name: str, num_classes: int | None, **overrides: Any) -> nn.Modu
     >>> build_model('ViT-Ti/16', num_classes=10, depth=3).depth
     3
     """
+    fields: dict[str, Any] = {}
     if ':' in name:
-        model, fields = import_path(name), {}
+        model = import_path(name)
     else:
         model, fields = decode_variant(name)
     if dataclasses.is_dataclass(model):
@@ -58,7 +59,6 @@ def import_path(path: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A missing import inside the user's module is another matter: tell it.
         raise UserError(f'cannot import {path!r}: {error}') from error
     if not hasattr(module, attribute):
         raise UserError(f'module {module_name!r} has no {attribute!r} (from {path!r})')

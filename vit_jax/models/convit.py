@@ -87,7 +87,9 @@ class ConViT(nn.Module):
             image
         )
         if x.ndim != 4:
-            raise UserError(f'ConViT takes images [B, h, w, channels]; got {image.shape}')
+            raise UserError(
+                f'ConViT takes images [B, h, w, channels]; got {image.shape}'
+            )
         grid = x.shape[1:3]
         x = x.reshape(x.shape[0], -1, self.width)
         x = PositionEmbedding(self.posemb, name='posemb')(x, grid)
