@@ -13,7 +13,7 @@ VERSION = re.search(
 setup(
     name='vit_jax',
     version=VERSION,
-    description='From convolution to attention: ViT, ConViT and their road, in JAX/Flax',
+    description='From convolution to attention, in JAX and Flax: ViT, ConViT, GPSA',
     long_description=(HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

@@ -1,4 +1,4 @@
-"""vit_jax: from convolution to attention, as pure Flax modules and one training loop."""
+"""From convolution to attention: pure Flax modules and one training loop."""
 
 __version__ = '0.1.0'
 

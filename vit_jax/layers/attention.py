@@ -63,7 +63,7 @@ def dot_product_attention(
     if impl == 'chunked':
         return _chunked(query, key, value, bias, mask)
     if impl in ('xla', 'cudnn'):
-        out = jax.nn.dot_product_attention(
+        out = jax.nn.dot_product_attention(  # type: ignore[call-overload]
             query, key, value, bias=bias, mask=mask, implementation=impl
         )
         return _zero_empty_rows(out, mask)
@@ -128,50 +128,47 @@ def auto_impl(
 
 
 def _chunked(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
+    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
 ) -> Array:
     """Attention by blocks of queries; the backward pass recomputes each block."""
     length = query.shape[1]
-    num_blocks = -(-length // _QUERY_BLOCK)
-    padded = num_blocks * _QUERY_BLOCK
+    block = min(_QUERY_BLOCK, length)
+    num_blocks = -(-length // block)
 
-    def split(x: Array | None, axis: int) -> Array | None:
-        """Cuts the query axis of `x` into blocks, and puts the blocks first."""
-        if x is None or x.shape[axis] == 1:
-            return x
-        pad = [(0, padded - length) if a == axis else (0, 0) for a in range(x.ndim)]
-        shape = (*x.shape[:axis], num_blocks, _QUERY_BLOCK, *x.shape[axis + 1 :])
+    def split(x: Array, axis: int) -> Array:
+        """Cuts the query axis into blocks (zeros fill the last) and puts them first."""
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, num_blocks * block - length)
+        shape = (*x.shape[:axis], num_blocks, block, *x.shape[axis + 1 :])
         return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
 
-    bias = None if bias is None else jnp.expand_dims(bias, range(4 - bias.ndim))
-    mask = None if mask is None else jnp.expand_dims(mask, range(4 - mask.ndim))
-    blocked = {'query': split(query, 1), 'bias': split(bias, 2), 'mask': split(mask, 2)}
-    # What has no query axis to cut is the same for every block.
-    shared = {k: x for k, x in (('bias', bias), ('mask', mask)) if blocked[k] is x}
-    blocked = {k: x for k, x in blocked.items() if k not in shared}
+    per_block = {'query': split(query, 1)}
+    shared: dict[str, Array] = {}  # what has no query axis to cut
+    for name, x in (('bias', bias), ('mask', mask)):
+        if x is not None:
+            x = _four_axes(x)
+            where = shared if x.shape[2] == 1 else per_block
+            where[name] = x if x.shape[2] == 1 else split(x, 2)
 
     @jax.checkpoint
-    def attend(block: dict[str, Array]) -> Array:
-        args = {**shared, **block}
-        weights = attention_weights(
-            args['query'], key, bias=args['bias'], mask=args['mask']
-        )
+    def attend(args: dict[str, Array]) -> Array:
+        weights = attention_weights(key=key, **args, **shared)
         return apply_weights(weights, value)
 
-    out = jnp.moveaxis(jax.lax.map(attend, blocked), 0, 1)
-    out = out.reshape(out.shape[0], padded, *out.shape[3:])
+    out = jnp.moveaxis(jax.lax.map(attend, per_block), 0, 1)
+    out = out.reshape(out.shape[0], num_blocks * block, *out.shape[3:])
     return out[:, :length]
 
 
 def _zero_empty_rows(out: Array, mask: Array | None) -> Array:
     if mask is None:
         return out
-    kept = jnp.any(jnp.expand_dims(mask, range(4 - mask.ndim)), axis=-1)
+    kept = jnp.any(_four_axes(mask), axis=-1)  # [B, N, T]
     return jnp.where(jnp.swapaxes(kept, 1, 2)[..., None], out, jnp.zeros_like(out))
+
+
+def _four_axes(x: Array) -> Array:
+    return jnp.expand_dims(x, range(4 - x.ndim))
 
 
 def _check_shapes(
@@ -197,7 +194,7 @@ def _check_shapes(
             )
     if mask is not None and mask.dtype != jnp.bool_:
         raise UserError(
-            f'attention mask must be boolean (True = keep), not {mask.dtype}'
+            f'attention mask must be boolean, True = keep; got {mask.dtype}'
         )
 
 

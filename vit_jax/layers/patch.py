@@ -77,7 +77,7 @@ def check_channels(module: nn.Module, name: str, channels: int) -> None:
     """Raises UserError if submodule `name` has parameters for other channels."""
     if not module.has_variable('params', name):
         return
-    expected = module.get_variable('params', name)['kernel'].shape[-2]
+    expected: int = module.get_variable('params', name)['kernel'].shape[-2]
     if expected != channels:
         raise UserError(
             f'the model takes images of {expected} channels; got {channels}'

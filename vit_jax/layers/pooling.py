@@ -14,15 +14,15 @@ class ClassToken(nn.Module):
     "An Image is Worth 16x16 Words", arXiv 2010.11929, section 3.1.
 
     Attributes:
-      init: initializer of the token.
+      token_init: initializer of the token.
     """
 
-    init: Initializer = nn.initializers.zeros
+    token_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Args: x, `[B, T, D]`. Returns `[B, 1 + T, D]`."""
-        token = self.param('cls', self.init, (1, 1, x.shape[-1])).astype(x.dtype)
+        token = self.param('cls', self.token_init, (1, 1, x.shape[-1])).astype(x.dtype)
         return jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
 
 

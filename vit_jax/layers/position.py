@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError, times, unknown
-from vit_jax.typing import Array, Initializer
+from vit_jax.typing import Array, Initializer, Shape
 
 POSEMBS = ('learned', 'sincos1d', 'sincos2d', 'none')
 
@@ -76,11 +76,11 @@ class PositionEmbedding(nn.Module):
       kind: 'learned'; 'sincos1d' (tokens numbered in a row); 'sincos2d' (a share of
         the width for each axis of the grid, of which there may be one to three);
         'none'.
-      init: initializer of the learned embeddings.
+      embedding_init: initializer of the learned embeddings.
     """
 
     kind: str = 'learned'
-    init: Initializer = nn.initializers.normal(0.02)
+    embedding_init: Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x: Array, grid: tuple[int, ...]) -> Array:
@@ -104,11 +104,12 @@ class PositionEmbedding(nn.Module):
             return x
         if self.kind == 'learned':
             self._check_grid(grid)
-            posemb = self.param('grid', self.init, (*grid, width)).reshape(-1, width)
+            learned = self.param('grid', self.embedding_init, (*grid, width))
+            learned = learned.reshape(-1, width)
             if num_prefix:
-                prefix = self.param('prefix', self.init, (num_prefix, width))
-                posemb = jnp.concatenate([prefix, posemb])
-            return x + posemb.astype(x.dtype)
+                prefix = self.param('prefix', self.embedding_init, (num_prefix, width))
+                learned = jnp.concatenate([prefix, learned])
+            return x + learned.astype(x.dtype)
         if self.kind == 'sincos1d':
             posemb = sincos(np.arange(math.prod(grid)), width)
         elif self.kind == 'sincos2d':
@@ -120,8 +121,8 @@ class PositionEmbedding(nn.Module):
     def _check_grid(self, grid: tuple[int, ...]) -> None:
         if not self.has_variable('params', 'grid'):
             return
-        *expected, _ = self.get_variable('params', 'grid').shape
-        if tuple(expected) != tuple(grid):
+        expected: Shape = self.get_variable('params', 'grid').shape[:-1]
+        if expected != tuple(grid):
             raise UserError(
                 f'the model has learned positions for a grid of {times(expected)} '
                 f'patches; this input has {times(grid)}'

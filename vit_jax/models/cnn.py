@@ -33,13 +33,11 @@ class CNN(nn.Module):
         check_channels(self, 'conv0', image.shape[-1])
         x = image
         kernel = (self.kernel_size, self.kernel_size)
-        for i, (width, stride) in enumerate(
-            zip(self.widths, self.strides, strict=True)
-        ):
+        for i, width in enumerate(self.widths):
             x = nn.Conv(
                 width,
                 kernel,
-                strides=(stride, stride),
+                strides=self.strides[i],
                 use_bias=False,
                 dtype=self.dtype,
                 name=f'conv{i}',
@@ -47,8 +45,6 @@ class CNN(nn.Module):
             x = nn.GroupNorm(self.num_groups, dtype=self.dtype, name=f'norm{i}')(x)
             x = nn.relu(x)
         x = jnp.mean(x, axis=(1, 2)).astype(jnp.float32)
-        return (
-            x
-            if self.num_classes is None
-            else nn.Dense(self.num_classes, name='head')(x)
-        )
+        if self.num_classes is None:
+            return x
+        return nn.Dense(self.num_classes, name='head')(x)

@@ -90,8 +90,9 @@ class ConViT(nn.Module):
             raise UserError(
                 f'ConViT takes images [B, h, w, channels]; got {image.shape}'
             )
-        grid = x.shape[1:3]
-        x = x.reshape(x.shape[0], -1, self.width)
+        batch, rows, cols, _ = x.shape
+        grid = (rows, cols)
+        x = x.reshape(batch, rows * cols, self.width)
         x = PositionEmbedding(self.posemb, name='posemb')(x, grid)
         x = Dropout(self.dropout_rate, name='dropout')(x, train=train)
 
