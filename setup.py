@@ -29,6 +29,7 @@ setup(
         'flax>=0.12,<0.13',
         'grain>=0.2.12,<0.3',
         'jax>=0.10,<0.12',
+        'importlib-resources>=6,<8',  # TFDS imports it without asking for it
         'ml-collections>=1.0,<2',
         'numpy>=2.0,<3',
         'optax>=0.2.5,<0.3',

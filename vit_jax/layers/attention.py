@@ -180,7 +180,7 @@ def _check_shapes(
             f'{query.shape}, {key.shape} and {value.shape}'
         )
     (batch, length, heads, size), (_, source, *_) = query.shape, key.shape
-    if key.shape != (batch, source, heads, size) or value.shape[:3] != key.shape[:3]:
+    if key.shape != (batch, source, heads, size) or value.shape != key.shape:
         raise UserError(
             f'query {query.shape} needs key and value of shape '
             f'({batch}, S, {heads}, {size}); got {key.shape} and {value.shape}'

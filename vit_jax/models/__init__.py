@@ -1,13 +1,13 @@
 """Models by name."""
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.forks import import_path, is_path
 from vit_jax.models.variants import decode_variant, list_variants
 
 
@@ -36,37 +36,39 @@ def build_model(name: str, num_classes: int | None, **overrides: Any) -> nn.Modu
     3
     """
     fields: dict[str, Any] = {}
-    if ':' in name:
+    if is_path(name):
         model = import_path(name)
     else:
         model, fields = decode_variant(name)
-    if dataclasses.is_dataclass(model):
-        known = {f.name for f in dataclasses.fields(model)} - {'parent', 'name'}
-        for field in overrides:
-            if field not in known:
-                raise unknown(f'field of {name}', field, known)
     overrides = {field: _resolve(value) for field, value in overrides.items()}
+    if dataclasses.is_dataclass(model):
+        _check_fields(name, model, overrides)
     return model(num_classes=num_classes, **{**fields, **overrides})
 
 
-def import_path(path: str) -> Any:
-    """The object that 'package.module:name' names.
-
-    Raises:
-      UserError: when the module or the name in it does not exist.
-    """
-    module_name, _, attribute = path.partition(':')
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f'cannot import {path!r}: {error}') from error
-    if not hasattr(module, attribute):
-        raise UserError(f'module {module_name!r} has no {attribute!r} (from {path!r})')
-    return getattr(module, attribute)
+def _check_fields(name: str, model: Any, overrides: dict[str, Any]) -> None:
+    """Raises UserError for a field that does not exist or is of another type."""
+    known = {f.name: f.default for f in dataclasses.fields(model)}
+    del known['parent'], known['name']
+    for field, value in overrides.items():
+        if field not in known:
+            raise unknown(f'field of {name}', field, known)
+        default = known[field]
+        allowed: tuple[type, ...] = (type(default),)
+        if field == 'patch_size':
+            allowed = (int, tuple)
+        elif isinstance(default, float):
+            allowed = (int, float)
+        elif not isinstance(default, bool | int | str | tuple):
+            continue  # None, a dtype, a function
+        if not isinstance(value, allowed) or (
+            isinstance(value, bool) and bool not in allowed
+        ):
+            raise UserError(f'{field} of {name} is like {default!r}; {value!r} is not')
 
 
 def _resolve(value: Any) -> Any:
-    if isinstance(value, str) and ':' in value:
+    if is_path(value):
         return import_path(value)
     if isinstance(value, Mapping):
         return {key: _resolve(v) for key, v in value.items()}

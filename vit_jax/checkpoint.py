@@ -1,0 +1,147 @@
+"""Checkpoints of a run, through Orbax.
+
+A workdir holds `checkpoints/<step>/` with three items: `variables` (all that the
+model needs), `optimizer`, and `metadata`, which says what the variables are: model,
+grid, classes, preprocessing, the resolved config, and the position in the data.
+"""
+
+import logging
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from vit_jax.errors import UserError
+from vit_jax.tasks import TrainState
+from vit_jax.typing import Variables
+
+log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    step: int
+    state: TrainState
+    metadata: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; saving goes on while training does.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many of the newest to keep; None for all.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int | None = None):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        folder = (workdir / 'checkpoints').absolute()
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._manager.close()  # waits for the save under way
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
+        """Copies the state to the host, then writes in the background."""
+        optimizer = {'step': state.step, 'opt_state': state.opt_state}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(state.variables),
+                optimizer=ocp.args.StandardSave(optimizer),
+                metadata=ocp.args.JsonSave(metadata),
+            ),
+        )
+
+    def restore_latest(self, like: TrainState) -> Restored | None:
+        """The newest state that can be read, or None where there is none.
+
+        A damaged checkpoint is reported and set aside, and the one before it taken.
+
+        Args:
+          like: shapes, dtypes and shardings of the state.
+
+        Raises:
+          UserError: when there are checkpoints and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        variables=ocp.args.StandardRestore(like.variables),
+                        optimizer=ocp.args.StandardRestore(
+                            {'step': like.step, 'opt_state': like.opt_state}
+                        ),
+                        metadata=ocp.args.JsonRestore(),
+                    ),
+                )
+            except Exception as error:  # Orbax raises whatever its readers raise
+                reason = ' '.join(str(error).split())[:200]
+                log.warning('checkpoint %d cannot be read (%s)', step, reason)
+                continue
+            for damaged in steps[: steps.index(step)]:
+                self._manager.delete(damaged)
+                log.warning('going on from checkpoint %d, not %d', step, damaged)
+            state = TrainState(variables=restored.variables, **restored.optimizer)
+            return Restored(step, state, restored.metadata)
+        if steps:
+            raise UserError(
+                f'none of the checkpoints {steps} in {self._manager.directory} can be '
+                'read; move the folder away to start anew'
+            )
+        return None
+
+
+def load_metadata(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Step and metadata of a workdir's newest checkpoint.
+
+    Raises:
+      UserError: when the folder holds none.
+    """
+    if not (workdir / 'checkpoints').is_dir():
+        raise UserError(
+            f'{workdir} is not the workdir of a run: it has no checkpoints/'
+        )
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f'{workdir} has no finished checkpoint yet')
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return step, checkpoints._manager.restore(step, args=args).metadata
+
+
+def load_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variables:
+    """The model's variables of one checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint.
+      like: shapes, dtypes and shardings.
+
+    Raises:
+      UserError: when the checkpoint is damaged or of another model.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
+        try:
+            return checkpoints._manager.restore(step, args=args).variables
+        except Exception as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise UserError(
+                f'checkpoint {step} of {workdir} cannot be read: {reason}'
+            ) from error
+
+
+def shapes_on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
+    """Shapes and dtypes of a tree, to be restored with that sharding."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )

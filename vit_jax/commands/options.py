@@ -1,0 +1,77 @@
+"""Options that commands share."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from vit_jax.config import load_config
+from vit_jax.errors import UserError
+
+CONFIG_HELP = """\
+Config keys are set as --config.key=value, such as --config.optim.learning_rate=3e-4;
+vit_jax/config.py lists every key with its unit and meaning.
+"""
+
+
+def make_parser(command: str, description: str, **kwargs) -> argparse.ArgumentParser:
+    """A parser whose options cannot be abbreviated."""
+    return argparse.ArgumentParser(
+        prog=f'vit_jax {command}',
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **kwargs,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds --config=FILE[:variant]."""
+    parser.add_argument(
+        '--config',
+        metavar='FILE[:VARIANT]',
+        required=required,
+        help='recipe, such as configs/digits_convit.py or its :smoke variant',
+    )
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses options; returns those of the form --config.key=value apart.
+
+    Raises:
+      UserError: for an option that the command does not have.
+    """
+    args, rest = parser.parse_known_args(argv)
+    overrides = []
+    rest = list(reversed(rest))
+    while rest:
+        word = rest.pop()
+        if not word.startswith('--config.'):
+            known = [o for action in parser._actions for o in action.option_strings]
+            near = difflib.get_close_matches(word.partition('=')[0], known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise UserError(f'{parser.prog} does not take {word!r}{hint}')
+        if '=' not in word and rest:
+            word = f'{word}={rest.pop()}'
+        overrides.append(word)
+    return args, overrides
+
+
+def read_config(path: str, overrides: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """The config of a recipe with overrides, and the names of the overridden keys."""
+    names = [o.removeprefix('--config.').partition('=')[0] for o in overrides]
+    return load_config(path, overrides), names
+
+
+def quiet() -> None:
+    """Keeps libraries from writing progress and notices between our lines."""
+    import logging
+
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    logging.getLogger('jax').setLevel(logging.ERROR)
+    logging.basicConfig(format='vit_jax: %(message)s', level=logging.WARNING)

@@ -1,0 +1,234 @@
+"""Experiment configs: every key, its unit and meaning; recipes; overrides.
+
+A recipe is a Python file with `get_config(arg=None) -> ConfigDict` that starts from
+`default_config()` and sets what differs. A key that does not exist is an error, and
+so is a key that was set but that the run does not read.
+"""
+
+import ast
+import importlib.util
+import pathlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import absl.flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from vit_jax.errors import UserError, unknown
+
+
+def default_config(task: str = 'classify') -> ConfigDict:
+    """Every key with its default.
+
+    Args:
+      task: 'classify', or the path of a fork's task, 'my_fork.tasks:module'.
+    """
+    config = ConfigDict()
+    config.seed = 0  # of parameters, data order, augmentation, dropout
+    config.task = task
+
+    config.model = ConfigDict()
+    config.model.name = 'ViT-S/16'  # see `vit_jax.list_models`, or 'my_fork.nets:Net'
+    config.model.kwargs = ConfigDict()  # fields of the module that differ
+
+    config.dataset = ConfigDict()
+    config.dataset.name = 'digits'  # or a TFDS name, 'folder:/path', 'synthetic'
+    config.dataset.data_dir = config_dict.placeholder(str)  # of TFDS; None: its own
+    config.dataset.train_split = 'train'
+    # None: 'validation', 'val' or 'test', the first there is.
+    config.dataset.eval_split = config_dict.placeholder(str)
+    config.dataset.train_fraction = 1.0  # of every class; num_epochs counts the whole
+    config.dataset.image_size = config_dict.placeholder(tuple)  # (h, w); None: native
+    config.dataset.normalize = 'half'  # 'half': to [-1, 1]; 'imagenet': its mean, std
+    config.dataset.eval_crop = 1.0  # central part evaluated, side / largest that fits
+    config.dataset.num_workers = 0  # processes that decode; 0: threads of this one
+
+    config.augment = ConfigDict()
+    config.augment.crop = 'none'  # or 'pad' (random shift), 'resized' (random box)
+    config.augment.pad = 4  # pixels, for crop='pad'
+    config.augment.min_scale = 0.08  # smallest share of the area, for 'resized'
+    config.augment.flip = False  # mirror half of the images
+
+    config.batch_size = 128  # images per step, over all devices of all hosts
+    # Exactly one of the two. An epoch is the whole training split, also where
+    # train_fraction is below 1: the number of images seen stays the same.
+    config.num_steps = config_dict.placeholder(int)
+    config.num_epochs = config_dict.placeholder(float)
+
+    config.optim = ConfigDict()
+    config.optim.name = 'adamw'  # or 'sgd' (Nesterov momentum 0.9)
+    config.optim.learning_rate = 1e-3  # at its highest, for the batch size as it is
+    config.optim.weight_decay = 0.05  # of kernels; times the learning rate
+    config.optim.clip_norm = config_dict.placeholder(float)  # of the whole gradient
+    config.optim.schedule = 'cosine'  # to 0; or 'constant'
+    config.optim.warmup_steps = 0  # linear from 0
+    config.optim.label_smoothing = 0.0
+
+    config.dtype = 'float32'  # of the computation, or 'bfloat16'; parameters: float32
+
+    config.parallel = ConfigDict()
+    config.parallel.mode = 'jit'  # over a mesh of all devices, or 'pmap'
+
+    config.eval = ConfigDict()
+    config.eval.every_steps = 1000  # and after the last step
+    config.eval.batch_size = config_dict.placeholder(int)  # None: batch_size
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000  # and after the last step
+    config.checkpoint.keep = 2  # newest ones
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50
+    config.log.tensorboard = True
+    return config.lock()
+
+
+# What may differ between a run and its continuation: the result is the same.
+RESUMABLE = (
+    'dataset.data_dir',
+    'dataset.num_workers',
+    'parallel.mode',
+    'eval.every_steps',
+    'eval.batch_size',
+    'checkpoint.every_steps',
+    'checkpoint.keep',
+    'log.every_steps',
+    'log.tensorboard',
+)
+
+
+def choose_variant(arg: str | None, *variants: str) -> str | None:
+    """What follows the colon of `--config=file.py:arg`, checked.
+
+    Raises:
+      UserError: when it is none of `variants`.
+    """
+    if arg and arg not in variants:
+        raise unknown('config variant', arg, variants)
+    return arg or None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested mapping, as ('optim.name', 'adamw')."""
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict) and len(value):
+            yield from flatten(value, f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}', value
+
+
+class ConfigReader:
+    """A read-only view of a config that remembers which keys were read."""
+
+    def __init__(self, config: ConfigDict, prefix: str = '', read: set | None = None):
+        self._config = config
+        self._prefix = prefix
+        self._read: set[str] = set() if read is None else read
+
+    def __getattr__(self, key: str) -> Any:
+        value = self._config[key]
+        name = f'{self._prefix}{key}'
+        if isinstance(value, ConfigDict) and key != 'kwargs':
+            return ConfigReader(value, f'{name}.', self._read)
+        self._read.add(name)
+        return value.to_dict() if isinstance(value, ConfigDict) else value
+
+    def unread(self) -> list[str]:
+        """Keys that nothing read so far."""
+        keys = [key for key, _ in flatten(self._config)]
+        return [key for key in keys if not self._was_read(key)]
+
+    def _was_read(self, key: str) -> bool:
+        return any(key == read or key.startswith(f'{read}.') for read in self._read)
+
+
+def check_unread(
+    config: ConfigDict, unread: Sequence[str], named: Collection[str] = ()
+) -> None:
+    """Raises UserError for keys that were set and that a run does not read.
+
+    Args:
+      config: the config of the run.
+      unread: keys that the run did not read.
+      named: keys that the user named, which count as set even at their default.
+    """
+    defaults = dict(flatten(default_config(config.task)))
+    for key, value in flatten(config):
+        is_set = key in named or key not in defaults or value != defaults[key]
+        if key in unread and is_set:
+            raise UserError(
+                f'config.{key} is set to {value!r}, but this run does not read it; '
+                f'leave it out, or set what makes use of it'
+            )
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Runs a recipe and applies overrides.
+
+    Args:
+      path: 'configs/digits_vit.py', or with an argument, 'configs/digits_vit.py:smoke'.
+      overrides: such as '--config.optim.learning_rate=3e-4'. Fields of the model
+        that the recipe does not set are Python literals or strings.
+
+    Returns:
+      The config, locked.
+
+    Raises:
+      UserError: for a file that is not there or does not run, a key that does not
+        exist (offers the nearest), a value of another type.
+    """
+    config = _run_recipe(path)
+    known = dict(flatten(config)) | {'model.kwargs': None}
+    typed = []
+    for override in overrides:
+        key, has_value, value = override.removeprefix('--config.').partition('=')
+        if not override.startswith('--config.') or not has_value:
+            raise UserError(f'{override!r} is not understood; write --config.key=value')
+        if key in known:
+            typed.append(override)
+        elif key.startswith('model.kwargs.'):
+            with config.unlocked():
+                config.model.kwargs[key.removeprefix('model.kwargs.')] = _literal(value)
+        else:
+            raise unknown('config key', key, known)
+    return _override(config, typed)
+
+
+def _run_recipe(path: str) -> ConfigDict:
+    file, _, arg = path.partition(':')
+    if not pathlib.Path(file).is_file():
+        raise UserError(f'no such config file: {file}')
+    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f'{file} is not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*([arg] if arg else []))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(
+            f'{path} does not run: {type(error).__name__}: {reason}'
+        ) from error
+    return config
+
+
+def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies typed overrides with ml_collections' own flag parser."""
+    flags = absl.flags.FlagValues()
+    argv = ['vit_jax', *overrides]
+    config_flags.DEFINE_config_dict('config', config, flag_values=flags, sys_argv=argv)
+    try:
+        flags(argv)
+        return flags.config.lock()
+    except (absl.flags.Error, TypeError, ValueError) as error:
+        raise UserError(' '.join(str(error).split())) from error
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value

@@ -1,0 +1,61 @@
+"""The command line: `vit_jax <command>`, one line a command."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from vit_jax.errors import UserError, unknown
+
+COMMANDS = {
+    'train': 'train a config in a workdir, or go on where it stopped',
+    'evaluate': 'exact metrics of a trained model on a split',
+    'predict': 'classes and probabilities of images',
+    'summarize': "a model's parameters, multiply-adds and activation memory",
+    'check_data': 'what a config will read, with one decoded batch',
+    'benchmark': 'time and memory of GPSA next to plain attention',
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code.
+
+    Bad input ends with one line on stderr and code 1, misuse of options with 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ('-h', '--help', 'help'):
+        print(_help())
+        return 0 if argv else 2
+    # A fork's modules are found from where the user is, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        if argv[0] not in COMMANDS:
+            raise unknown('command', argv[0], COMMANDS)
+        command = importlib.import_module(f'vit_jax.commands.{argv[0]}')
+        return command.main(argv[1:]) or 0
+    except UserError as error:
+        print(f'vit_jax: error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\nvit_jax: interrupted', file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = [f'  {name:12} {text}' for name, text in COMMANDS.items()]
+    return '\n'.join(
+        [
+            'usage: vit_jax <command> [options]',
+            '',
+            'From convolution to attention, in JAX and Flax.',
+            '',
+            *lines,
+            '',
+            'vit_jax <command> --help tells the options of a command.',
+        ]
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())

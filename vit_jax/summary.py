@@ -1,0 +1,2 @@
+def count_params(x):
+    return 0

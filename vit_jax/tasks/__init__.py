@@ -1,0 +1,46 @@
+"""Tasks: what a step computes.
+
+A task is a module with three pure functions, which `build` completes with model,
+optimizer and settings:
+
+    init_state() -> TrainState
+    train_step(state, batch) -> (state, metrics)
+    eval_step(variables, batch) -> metrics
+
+The training loop knows no more than that.
+"""
+
+from typing import Any
+
+import flax.struct
+import optax
+
+from vit_jax.errors import unknown
+from vit_jax.forks import import_path, is_path
+from vit_jax.typing import Array, Variables
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes from step to step.
+
+    Attributes:
+      step: int32 scalar, updates made so far.
+      variables: the model's collections; 'params' is trained.
+      opt_state: state of the optimizer.
+    """
+
+    step: Array
+    variables: Variables
+    opt_state: optax.OptState
+
+
+def get_task(name: str) -> Any:
+    """The task of that name, or of a fork's path 'my_fork.tasks:my_task'."""
+    if is_path(name):
+        return import_path(name)
+    if name != 'classify':
+        raise unknown('task', name, ['classify'])
+    from vit_jax.tasks import classify
+
+    return classify

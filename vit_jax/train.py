@@ -1,0 +1,189 @@
+"""Training, from a `Run` to a workdir with its result: read it downwards."""
+
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import jax
+import numpy as np
+
+from vit_jax import metrics
+from vit_jax.build import Run
+from vit_jax.checkpoint import Checkpoints, shapes_on
+from vit_jax.errors import UserError
+from vit_jax.evaluate import evaluate
+from vit_jax.summary import count_params
+from vit_jax.tasks import TrainState
+from vit_jax.typing import Batch, Metrics
+from vit_jax.workdir import open_workdir
+from vit_jax.writer import MetricWriter, Progress, format_metrics, read_metrics
+
+
+def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
+    """Trains, evaluates and checkpoints; goes on where the workdir holds this run.
+
+    A run that was interrupted at any moment and is started again ends with the
+    parameters of one that was not, bit for bit on the same hardware.
+
+    Args:
+      run: what to train.
+      workdir: folder for checkpoints, metrics and config; made if need be.
+
+    Returns:
+      The metrics of the last evaluation, see `evaluate`.
+
+    Raises:
+      UserError: when the workdir cannot be written or holds another run, when the
+        data is not there, or when the loss is not finite.
+    """
+    workdir = pathlib.Path(workdir)
+    open_workdir(workdir, run.metadata['config'])
+
+    with Checkpoints(workdir, keep=run.checkpoint_keep) as checkpoints:
+        # A finished run is left as it is.
+        if checkpoints.latest_step() == run.num_steps:
+            return _last_evaluation(workdir)
+
+        # State and position in the data: the newest checkpoint's, or the beginning.
+        like = shapes_on(run.parallel.replicated, run.state_shape)
+        restored = checkpoints.restore_latest(like)
+        if restored:
+            start, state = restored.step, restored.state
+            position = restored.metadata['position']
+        else:
+            start, state, position = 0, run.parallel.init(run.init), 0
+
+        train_step = run.parallel.train_step(run.train_step)
+        eval_step = run.parallel.eval_step(run.eval_step)
+        with (
+            closing(run.train_data(position)) as data,
+            MetricWriter(workdir, start, run.tensorboard) as writer,
+            Progress(start, run.num_steps) as progress,
+        ):
+            progress.say(_describe(run, start))
+            batches = run.parallel.prefetch(data)
+            pending: list[Metrics] = []  # of the steps since the last log, on device
+            clock = Clock()
+
+            for step in range(start + 1, run.num_steps + 1):
+                batch = clock.wait_for(batches)
+                state, step_metrics = train_step(state, batch)
+                pending.append(step_metrics)
+                # The host may run two steps ahead of the device, not more: batches
+                # in flight take memory.
+                jax.block_until_ready(pending[-3:-2])
+                progress.advance()
+                if step == start + 1:
+                    jax.block_until_ready(step_metrics)
+                    progress.say(f'first step, compiled: {clock.seconds():.1f} s')
+                    clock = Clock()
+
+                if step % run.log_every_steps == 0 or step == run.num_steps:
+                    values = _fetch(pending, step, state)
+                    values['learning_rate'] = float(run.schedule(step - 1))
+                    rates = clock.rates(run.batch_size)
+                    writer.write(step, _prefix('train', values | rates))
+                    progress.train(step, values, rates)
+                    pending, clock = [], Clock()
+
+                if step % run.eval_every_steps == 0 or step == run.num_steps:
+                    result = evaluate(run, state.variables, eval_step)
+                    writer.write(step, _prefix('eval', result))
+                    progress.say(f'step {step}  evaluation: {format_metrics(result)}')
+                    clock = Clock()
+
+                # Last, so that all metrics up to a checkpoint's step are written.
+                if step % run.checkpoint_every_steps == 0 or step == run.num_steps:
+                    _fetch(pending, step, state)  # what is not finite is not saved
+                    position = step * run.batch_size
+                    checkpoints.save(
+                        step, state, {**run.metadata, 'position': position}
+                    )
+                    clock = Clock()
+    return result
+
+
+class Clock:
+    """How fast steps have been since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; counts the step, and the time until it is there."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - before
+        self._steps += 1
+        return batch
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        """Images per second, and the share of the time spent waiting for data."""
+        if not self._steps:
+            return {}
+        return {
+            'images_per_second': batch_size * self._steps / self.seconds(),
+            'data_wait': self._waited / self.seconds(),
+        }
+
+
+def _fetch(
+    pending: Sequence[Metrics], step: int, state: TrainState
+) -> dict[str, float]:
+    """The mean of the metrics of the steps up to `step`.
+
+    Raises:
+      UserError: when a loss was not finite; names the first such step.
+    """
+    fetched = jax.device_get(pending)
+    for i, pairs in enumerate(fetched):
+        loss = pairs['loss'][0]
+        if not np.isfinite(loss):
+            params = state.variables['params']
+            leaf = next(
+                (
+                    jax.tree_util.keystr(path, simple=True, separator='/')
+                    for path, x in jax.tree_util.tree_leaves_with_path(params)
+                    if not np.isfinite(x).all()
+                ),
+                'none yet',
+            )
+            raise UserError(
+                f'the loss is {loss} at step {step - len(fetched) + 1 + i} (first '
+                f'parameter that is not finite: {leaf}); the last checkpoint is kept. '
+                'Try a lower learning rate, a longer warm-up or optim.clip_norm'
+            )
+    return metrics.mean(fetched)
+
+
+def _prefix(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f'{prefix}/{name}': value for name, value in values.items()}
+
+
+def _describe(run: Run, start: int) -> str:
+    """What is about to happen, with the arithmetic of the batch."""
+    hosts, devices = jax.process_count(), jax.local_devices()
+    micro_batch = run.batch_size // (hosts * len(devices))
+    params = count_params(run.state_shape.variables['params'])
+    return (
+        f'{run.metadata["model"]["name"]}: {params:,} parameters, '
+        f'on {run.dataset.name} ({run.dataset.location})\n'
+        f'batch of {run.batch_size} = {hosts} host(s) x {len(devices)} '
+        f'{devices[0].device_kind} x {micro_batch} images, {run.parallel.mode}; '
+        f'steps {start + 1} to {run.num_steps}'
+    )
+
+
+def _last_evaluation(workdir: pathlib.Path) -> dict[str, float]:
+    for line in reversed(read_metrics(workdir)):
+        if 'eval/loss' in line:
+            values = {k.removeprefix('eval/'): v for k, v in line.items()}
+            return {k: v for k, v in values.items() if k != 'step'}
+    return {}
