@@ -157,6 +157,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
                 **_tokens(model, image_size),
             },
             'dataset': dataset.name,
+            'eval_split': c.dataset.eval_split or pick_eval_split(dataset),
             'class_names': list(dataset.class_names),
             'preprocessing': {
                 'image_size': list(image_size),
@@ -166,7 +167,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
                 'crop_fraction': c.dataset.eval_crop,
                 'interpolation': 'bicubic',
             },
-            'config': config.to_dict(),
+            'config': config.copy_and_resolve_references().to_dict(),
         },
     )
     check_unread(config, c.unread(), named)

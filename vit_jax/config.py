@@ -6,6 +6,7 @@ so is a key that was set but that the run does not read.
 """
 
 import ast
+import copy
 import importlib.util
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -162,40 +163,16 @@ def check_unread(
             )
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Runs a recipe and applies overrides.
+def load_config(path: str) -> ConfigDict:
+    """Runs a recipe.
 
     Args:
-      path: 'configs/digits_vit.py', or with an argument, 'configs/digits_vit.py:smoke'.
-      overrides: such as '--config.optim.learning_rate=3e-4'. Fields of the model
-        that the recipe does not set are Python literals or strings.
-
-    Returns:
-      The config, locked.
+      path: 'configs/digits_vit.py', or with a variant, 'configs/digits_vit.py:smoke'.
 
     Raises:
-      UserError: for a file that is not there or does not run, a key that does not
-        exist (offers the nearest), a value of another type.
+      UserError: for a file that is not there or does not run.
     """
-    config = _run_recipe(path)
-    known = dict(flatten(config)) | {'model.kwargs': None}
-    typed = []
-    for override in overrides:
-        key, has_value, value = override.removeprefix('--config.').partition('=')
-        if not override.startswith('--config.') or not has_value:
-            raise UserError(f'{override!r} is not understood; write --config.key=value')
-        if key in known:
-            typed.append(override)
-        elif key.startswith('model.kwargs.'):
-            with config.unlocked():
-                config.model.kwargs[key.removeprefix('model.kwargs.')] = _literal(value)
-        else:
-            raise unknown('config key', key, known)
-    return _override(config, typed)
-
-
-def _run_recipe(path: str) -> ConfigDict:
-    file, _, arg = path.partition(':')
+    file, _, variant = path.partition(':')
     if not pathlib.Path(file).is_file():
         raise UserError(f'no such config file: {file}')
     spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
@@ -204,27 +181,67 @@ def _run_recipe(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*([arg] if arg else []))
+        config = module.get_config(*filter(None, [variant]))
     except UserError:
         raise
     except Exception as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(
-            f'{path} does not run: {type(error).__name__}: {reason}'
-        ) from error
+        raise UserError(f'{path} does not run: {_one_line(error)}') from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f'get_config of {file} must return a ConfigDict')
+    return config.lock()
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """The config that `config.to_dict()` was stored from, by way of JSON."""
+    config = default_config(values['task'])
+    with config.unlocked():
+        config.model.kwargs = values['model']['kwargs']
+    for key, value in flatten(values):
+        if not key.startswith('model.kwargs'):
+            value = tuple(value) if isinstance(value, list) else value
+            config.update_from_flattened_dict({key: value})
     return config
 
 
-def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Applies typed overrides with ml_collections' own flag parser."""
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies overrides from the command line.
+
+    Args:
+      config: is left as it is.
+      overrides: such as '--config.optim.learning_rate=3e-4'. Fields of the model
+        that the config does not set are Python literals, or else strings.
+
+    Raises:
+      UserError: for a key that does not exist (offers the nearest) or a value of
+        another type.
+    """
+    config = copy.deepcopy(config)  # keeps the types of optional keys
+    known = dict(flatten(config)) | {'model.kwargs': None}
+    typed = []
+    for argument in overrides:
+        key, has_value, value = argument.removeprefix('--config.').partition('=')
+        if not argument.startswith('--config.') or not has_value:
+            raise UserError(f'{argument!r} is not of the form --config.key=value')
+        if key in known:
+            typed.append(argument)
+        elif key.startswith('model.kwargs.'):
+            with config.unlocked():
+                config.model.kwargs[key.removeprefix('model.kwargs.')] = _literal(value)
+        else:
+            raise unknown('config key', key, known)
+    # ml_collections' own parser knows the type of each key.
     flags = absl.flags.FlagValues()
-    argv = ['vit_jax', *overrides]
+    argv = ['vit_jax', *typed]
     config_flags.DEFINE_config_dict('config', config, flag_values=flags, sys_argv=argv)
     try:
         flags(argv)
-        return flags.config.lock()
     except (absl.flags.Error, TypeError, ValueError) as error:
-        raise UserError(' '.join(str(error).split())) from error
+        raise UserError(_one_line(error)) from error
+    return flags.config.lock()
+
+
+def _one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
 def _literal(value: str) -> Any:

@@ -1,2 +1,125 @@
-def count_params(x):
+"""What a model costs: parameters, multiply-adds and activation memory, per block.
+
+Nothing is computed: the forward pass and its linearisation are traced to a jaxpr,
+whose equations carry the name of the module that made them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from vit_jax.typing import Shape
+
+OTHER = '(other)'
+
+
+class Cost(NamedTuple):
+    """Cost of one block.
+
+    Attributes:
+      params: number of parameters.
+      macs: multiply-adds of matrix products and convolutions, for one image.
+      activation_bytes: what differentiation keeps of the forward pass of one image
+        for the backward pass, parameters aside. The compiler may keep less, by
+        computing some of it again.
+    """
+
+    params: int
+    macs: int
+    activation_bytes: int
+
+
+def count_params(params: Any) -> int:
+    """Number of parameters in a tree of arrays or shapes."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
+    """The cost of each top-level block, in the order of the forward pass.
+
+    Args:
+      model: an unbound module, called on images.
+      image_shape: (height, width, channels).
+
+    Returns:
+      Name of the block -> Cost; '(other)' for what no block did, where there is such.
+    """
+    image = jnp.zeros((1, *image_shape))
+    rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
+    variables = jax.eval_shape(lambda: model.init(rngs, image, train=False))
+    params = variables['params']
+
+    def forward(params, image):
+        return model.apply({**variables, 'params': params}, image, train=False)
+
+    def residuals(params, image):
+        """What the backward pass is given: the leaves of the vjp function."""
+        return jax.vjp(forward, params, image)[1]
+
+    macs = dict.fromkeys([*params, OTHER], 0)
+    order: dict[str, None] = {}  # blocks as the forward pass meets them
+    for block, eqn, times in _equations(jax.make_jaxpr(forward)(params, image).jaxpr):
+        name = block if block in macs else OTHER
+        order[name] = None
+        macs[name] += times * _macs(eqn)
+
+    saved = dict.fromkeys(macs, 0)
+    jaxpr = jax.make_jaxpr(residuals)(params, image).jaxpr
+    made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    for var in {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}:
+        if var in made_by:  # the others are parameters and the image
+            block = _block(str(made_by[var].source_info.name_stack))
+            name = block if block in saved else OTHER
+            saved[name] += _aval(var).size * _aval(var).dtype.itemsize
+
+    return {
+        name: Cost(count_params(params.get(name, {})), macs[name], saved[name])
+        for name in order | dict.fromkeys(macs)
+        if name != OTHER or macs[name] or saved[name]
+    }
+
+
+def total(costs: Mapping[str, Cost]) -> Cost:
+    """The sum of the blocks."""
+    return Cost(*map(sum, zip(*costs.values())))
+
+
+def _equations(
+    jaxpr: core.Jaxpr, outer: str = '', times: int = 1
+) -> Iterator[tuple[str, core.JaxprEqn, int]]:
+    """Every equation with its block, and how often it runs (loops unrolled)."""
+    for eqn in jaxpr.eqns:
+        stack = '/'.join(filter(None, [outer, str(eqn.source_info.name_stack)]))
+        inner = times * eqn.params.get('length', 1) if 'jaxpr' in eqn.params else times
+        for sub in core.jaxprs_in_params(eqn.params):
+            yield from _equations(sub, stack, inner)
+        yield _block(stack), eqn, times
+
+
+def _block(name_stack: str) -> str:
+    """The top-level module of 'Model/block00/mlp' or 'jvp(Model)/block00/mlp'."""
+    parts = name_stack.split('/')
+    return parts[1] if len(parts) > 1 else ''
+
+
+def _macs(eqn: core.JaxprEqn) -> int:
+    """Multiply-adds of a matrix product or a convolution, else 0."""
+    if eqn.primitive.name == 'dot_general':
+        (contracted, _), _ = eqn.params['dimension_numbers']
+        shape = _aval(eqn.invars[0]).shape
+        size = _aval(eqn.outvars[0]).size
+        return size * math.prod(shape[i] for i in contracted)
+    if eqn.primitive.name == 'conv_general_dilated':
+        kernel = _aval(eqn.invars[1])
+        out_channels = kernel.shape[eqn.params['dimension_numbers'].rhs_spec[0]]
+        return _aval(eqn.outvars[0]).size * kernel.size // out_channels
     return 0
+
+
+def _aval(var: Any) -> jax.core.ShapedArray:
+    return var.aval

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from vit_jax.config import load_config
+from vit_jax.config import load_config, override
 from vit_jax.errors import UserError
 
 CONFIG_HELP = """\
@@ -61,10 +61,24 @@ def parse(
     return args, overrides
 
 
-def read_config(path: str, overrides: Sequence[str]) -> tuple[ConfigDict, list[str]]:
-    """The config of a recipe with overrides, and the names of the overridden keys."""
-    names = [o.removeprefix('--config.').partition('=')[0] for o in overrides]
-    return load_config(path, overrides), names
+def parse_strict(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> argparse.Namespace:
+    """Parses options of a command that takes no config keys."""
+    args, overrides = parse(parser, argv)
+    if overrides:
+        raise UserError(f'{parser.prog} does not take {overrides[0]!r}')
+    return args
+
+
+def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    """The config of a recipe, with overrides."""
+    return override(load_config(path), overrides)
+
+
+def keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that overrides name."""
+    return [o.removeprefix('--config.').partition('=')[0] for o in overrides]
 
 
 def quiet() -> None:

@@ -20,18 +20,17 @@ def main(argv: Sequence[str]) -> None:
     options.add_config(parser)
     parser.add_argument('--workdir', required=True, help='folder of the run')
     args, overrides = options.parse(parser, argv)
-    config, named = options.read_config(args.config, overrides)
+    config = options.read_config(args.config, overrides)
 
     options.quiet()
     from vit_jax.build import build
     from vit_jax.train import train
+    from vit_jax.writer import format_metrics
 
-    run = build(config, named)
+    run = build(config, named=options.keys(overrides))
     result = train(run, args.workdir)
-    correct = round(result['accuracy'] * result['examples'])
     print(
-        f'finished at step {run.num_steps}: accuracy {100 * result["accuracy"]:.2f}% '
-        f'({correct} of {result["examples"]}), loss {result["loss"]:.4f}\n'
-        f'{args.workdir} holds checkpoints/{run.num_steps}, metrics.jsonl, config.json; '
-        f'next: vit_jax predict --weights={args.workdir} IMAGE'
+        f'finished at step {run.num_steps}: {format_metrics(result)}\n'
+        f'{args.workdir} holds checkpoints/{run.num_steps}, metrics.jsonl and '
+        f'config.json\nnext: vit_jax predict --weights={args.workdir} IMAGE'
     )

@@ -54,7 +54,8 @@ def train_batches(
       num_workers: processes that decode; 0 for threads in this one.
 
     Returns:
-      An iterator, to be closed, over dicts of arrays with `batch_size / shard.count` rows.
+      An iterator, to be closed, over dicts of arrays: `batch_size / shard.count`
+      rows each.
     """
     if len(source) == 0:
         raise UserError('the training split has no examples')

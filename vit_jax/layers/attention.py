@@ -14,9 +14,9 @@ from vit_jax.typing import Array, Dtype, Initializer
 
 IMPLS = ('auto', 'xla', 'cudnn', 'chunked', 'dense')
 
-# Above this many keys XLA's logits cost more memory than recomputing them costs
-# time, and `auto` takes blocks of queries instead.
-_XLA_MAX_TOKENS = 1024
+# Above this many keys the logits' memory traffic costs more than recomputing them,
+# and 'auto' takes blocks of queries. On the CPU measured with `benchmark gpsa`.
+_MAX_PLAIN_TOKENS = {'cpu': 768, 'gpu': 1024, 'tpu': 1024}
 _QUERY_BLOCK = 256
 
 
@@ -114,9 +114,10 @@ def auto_impl(
     mask: Array | None = None,
 ) -> str:
     """The `impl` that 'auto' stands for, from static facts only."""
+    platform = jax.default_backend()
     head_dim = query.shape[-1]
     if (
-        jax.default_backend() == 'gpu'
+        platform == 'gpu'
         and query.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim % 8 == 0
         and head_dim <= 128
@@ -124,7 +125,10 @@ def auto_impl(
         and mask is None
     ):
         return 'cudnn'
-    return 'xla' if key.shape[1] <= _XLA_MAX_TOKENS else 'chunked'
+    if key.shape[1] > _MAX_PLAIN_TOKENS[platform]:
+        return 'chunked'
+    # XLA's CPU backend runs our einsums faster than those of `jax.nn`.
+    return 'dense' if platform == 'cpu' else 'xla'
 
 
 def _chunked(

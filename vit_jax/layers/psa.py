@@ -132,16 +132,20 @@ def gated_positional_attention(
         return apply_weights(
             gpsa_weights(query, key, kernel, bias, gating, grid), value
         )
+    # The gates scale the values, not the outputs: the two outputs need not be kept
+    # for the backward pass.
+    gate = jax.nn.sigmoid(gating)[:, None]
+    by_position, by_content = (
+        (share * value).astype(value.dtype) for share in (gate, 1.0 - gate)
+    )
     if impl == 'factored':
-        position = _apply_factors(positional_factors(kernel, grid), value, grid)
+        position = _apply_factors(positional_factors(kernel, grid), by_position, grid)
     elif impl == 'split':
         weights = positional_weights(kernel, bias, grid).astype(value.dtype)
-        position = jnp.einsum('NTS,BSNH->BTNH', weights, value)
+        position = jnp.einsum('NTS,BSNH->BTNH', weights, by_position)
     else:
         raise unknown('GPSA impl', impl, GPSA_IMPLS)
-    content = dot_product_attention(query, key, value, impl=attention_impl)
-    gate = jax.nn.sigmoid(gating)[:, None]
-    return ((1.0 - gate) * content + gate * position).astype(value.dtype)
+    return position + dot_product_attention(query, key, by_content, impl=attention_impl)
 
 
 def gpsa_weights(
@@ -162,10 +166,13 @@ def gpsa_weights(
 
 def _apply_factors(factors: tuple[Array, Array], value: Array, grid: Grid) -> Array:
     rows, cols = (weights.astype(value.dtype) for weights in factors)
-    v = value.reshape(value.shape[0], *grid, *value.shape[2:])
-    v = jnp.einsum('NCD,BSDNH->BSCNH', cols, v)
-    v = jnp.einsum('NRS,BSCNH->BRCNH', rows, v)
-    return v.reshape(value.shape)
+    batch, _, heads, size = value.shape
+    # Heads first, and the rest in one axis: each contraction is then a product of
+    # small squares with wide matrices.
+    v = value.reshape(batch, *grid, heads, size).transpose(3, 1, 2, 0, 4)
+    v = jnp.einsum('NCD,NSDX->NSCX', cols, v.reshape(heads, *grid, batch * size))
+    v = jnp.einsum('NRS,NSX->NRX', rows, v.reshape(heads, grid[0], -1))
+    return v.reshape(heads, -1, batch, size).transpose(2, 1, 0, 3)
 
 
 def check_grid(num_tokens: int, grid: Grid) -> None:

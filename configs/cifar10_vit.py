@@ -1,0 +1,46 @@
+"""ViT of Ti width on CIFAR-10.
+
+data      CIFAR-10, a TFDS dataset prepared as array_record in --config.dataset.data_dir
+model     ViT-Ti/4 (an 8x8 grid); 5.4M parameters
+recipe    AdamW, 100 epochs in batches of 512, shifts by 4 pixels, mirroring,
+          stochastic depth 0.1, label smoothing 0.1, bfloat16
+expected  not run
+
+  vit_jax train --config=configs/cifar10_vit.py --workdir=/tmp/cifar10_vit \\
+      --config.dataset.data_dir=/data/tfds
+"""
+
+from vit_jax.config import choose_variant, default_config
+
+STEPS_PER_EPOCH = 50_000 / 512
+
+
+def get_config(variant=None):
+    smoke = choose_variant(variant, 'smoke') == 'smoke'
+    config = default_config()
+    config.model.name = 'ViT-Ti/4'
+    config.model.kwargs = {'drop_path_rate': 0.1}
+    config.dataset.name = 'cifar10'
+    config.augment.crop = 'pad'
+    config.augment.pad = 4
+    config.augment.flip = True
+    config.batch_size = 512
+    config.num_epochs = 100.0
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = round(5 * STEPS_PER_EPOCH)
+    config.optim.label_smoothing = 0.1
+    config.optim.clip_norm = 1.0
+    config.dtype = 'bfloat16'
+    if smoke:  # generated images, a smaller model
+        config.model.kwargs = {
+            'drop_path_rate': 0.1,
+            'width': 24,
+            'depth': 2,
+            'mlp_dim': 48,
+        }
+        config.dataset.name = 'synthetic:size=32,num_examples=64'
+        config.batch_size = 16
+        config.num_epochs = None
+        config.num_steps = 3
+        config.optim.warmup_steps = 1
+    return config
