@@ -22,7 +22,7 @@ def default_config(task: str = 'classify') -> ConfigDict:
     """Every key with its default.
 
     Args:
-      task: 'classify', or the path of a fork's task, 'my_fork.tasks:module'.
+      task: 'classify', or a fork's module, 'my_fork.my_task'.
     """
     config = ConfigDict()
     config.seed = 0  # of parameters, data order, augmentation, dropout

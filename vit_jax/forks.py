@@ -12,7 +12,7 @@ def is_path(name: Any) -> bool:
 
 
 def import_path(path: str) -> Any:
-    """The object that 'package.module:name' names.
+    """The object that 'package.module:name' names, or the module 'package.module'.
 
     Raises:
       UserError: when the module or the name in it does not exist.
@@ -25,6 +25,8 @@ def import_path(path: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f'cannot import {path!r}: {error}') from error
+    if not attribute:
+        return module
     if not hasattr(module, attribute):
         raise UserError(f'module {module_name!r} has no {attribute!r} (from {path!r})')
     return getattr(module, attribute)

@@ -83,7 +83,8 @@ class Parallel:
     def put(self, batch: Batch) -> Batch:
         """Sends this host's rows of a batch to its devices."""
         if self.mode == 'pmap':  # one leading row per device
-            local = jax.local_device_count()
+            here = jax.process_index()
+            local = sum(device.process_index == here for device in self.devices)
             batch = {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
         sharding = NamedSharding(self.mesh, PartitionSpec('data'))
         return {

@@ -55,8 +55,8 @@ class ConViT(nn.Module):
     gelu_variant: str = 'exact'
     gpsa_impl: str = 'auto'
     attention_impl: str = 'auto'
-    kernel_init: Initializer = nn.initializers.truncated_normal(0.02)
-    head_init: Initializer = nn.initializers.truncated_normal(0.02)
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    head_init: Initializer = nn.initializers.normal(0.02)
     dtype: Dtype = jnp.float32
 
     @nn.compact

@@ -16,7 +16,7 @@ import flax.struct
 import optax
 
 from vit_jax.errors import unknown
-from vit_jax.forks import import_path, is_path
+from vit_jax.forks import import_path
 from vit_jax.typing import Array, Variables
 
 
@@ -36,8 +36,8 @@ class TrainState:
 
 
 def get_task(name: str) -> Any:
-    """The task of that name, or of a fork's path 'my_fork.tasks:my_task'."""
-    if is_path(name):
+    """The task of that name, or a fork's module, 'my_fork.my_task'."""
+    if '.' in name:
         return import_path(name)
     if name != 'classify':
         raise unknown('task', name, ['classify'])

@@ -108,7 +108,7 @@ def train_step(
         opt_state=opt_state,
     )
     metrics = batch_sum(classification_metrics(logits, label, weight, losses))
-    metrics['grad_norm'] = (optax.global_norm(grads), jnp.ones(()))
+    metrics['grad_norm'] = (optax.tree.norm(grads), jnp.ones(()))
     return state, metrics
 
 

@@ -1,0 +1,1 @@
+"""A research fork in miniature: it adds to vit_jax without editing it."""

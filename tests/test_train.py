@@ -1,0 +1,235 @@
+"""Training: interrupted and resumed runs, periods, faults, what a workdir holds."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.build import build
+from vit_jax.checkpoint import Checkpoints, shapes_on
+from vit_jax.config import default_config
+from vit_jax.errors import UserError
+from vit_jax.train import train
+from vit_jax.writer import read_metrics
+
+NUM_STEPS = 11
+
+
+def small_config(**overrides):
+    config = default_config()
+    config.model.name = 'ViT-Ti/2'
+    config.model.kwargs = {
+        'width': 8,
+        'depth': 2,
+        'mlp_dim': 12,
+        'num_heads': 2,
+        'dropout_rate': 0.1,
+        'drop_path_rate': 0.3,
+    }
+    config.dataset.name = 'synthetic:size=6,channels=1,num_examples=37,num_classes=3'
+    config.augment.crop = 'pad'
+    config.augment.pad = 1
+    config.batch_size = 8
+    config.num_steps = NUM_STEPS
+    config.eval.every_steps = 5
+    config.checkpoint.every_steps = 3
+    config.log.every_steps = 2
+    config.log.tensorboard = False
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def final_state(run, workdir):
+    with Checkpoints(workdir) as checkpoints:
+        like = shapes_on(run.parallel.replicated, run.state_shape)
+        return checkpoints.restore_latest(like)
+
+
+def assert_bit_equal(left, right):
+    assert left.step == right.step
+    for a, b in zip(*map(jax.tree.leaves, (left.state, right.state)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+class InterruptedData:
+    """The training data of a run whose machine goes away after some batches."""
+
+    def __init__(self, batches, count):
+        self._batches, self._count = batches, count
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._count -= 1
+        if self._count < 0:
+            raise KeyboardInterrupt
+        return next(self._batches)
+
+    def close(self):
+        self._batches.close()
+
+
+def interrupt(run, batches):
+    """The same run, interrupted when it asks for one batch more than these."""
+    read = run.train_data
+    return dataclasses.replace(
+        run, train_data=lambda position: InterruptedData(read(position), batches)
+    )
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('uninterrupted')
+    run = build(small_config())
+    result = train(run, workdir)
+    return run, workdir, result
+
+
+@pytest.mark.parametrize(
+    'batches', [2, 9, 12], ids=['before a save', 'between', 'late']
+)
+def test_an_interrupted_run_ends_like_one_that_was_not(
+    uninterrupted, tmp_path, batches
+):
+    run, workdir, result = uninterrupted
+    # Two batches are read ahead, so the loop ends two steps after the data; the last
+    # batch of all is number 11.
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupt(run, min(batches, NUM_STEPS - 1)), tmp_path)
+    resumed = train(run, tmp_path)
+    assert_bit_equal(final_state(run, tmp_path), final_state(run, workdir))
+    assert resumed == result
+    untimed = [
+        [
+            {k: v for k, v in line.items() if 'second' not in k and 'wait' not in k}
+            for line in read_metrics(folder)
+        ]
+        for folder in (tmp_path, workdir)
+    ]
+    # The means that a resumed run logs may cover fewer steps, nothing else differs.
+    assert [line['step'] for line in untimed[0]] == [
+        line['step'] for line in untimed[1]
+    ]
+    evaluations = [[x for x in lines if 'eval/loss' in x] for lines in untimed]
+    assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_bit_for_bit(tmp_path):
+    steps = {'num_steps': 90, 'checkpoint.every_steps': 30, 'eval.every_steps': 90}
+    run = build(small_config(**steps))
+    train(run, tmp_path / 'uninterrupted')
+
+    recipe = tmp_path / 'recipe.py'
+    recipe.write_text(
+        f'import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n'
+        'from test_train import small_config\n'
+        f'def get_config(): return small_config(**{steps})\n'
+    )
+    workdir = tmp_path / 'killed'
+    command = [
+        *(sys.executable, '-m', 'vit_jax.main', 'train'),
+        *(f'--config={recipe}', f'--workdir={workdir}'),
+    ]
+    process = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (workdir / 'checkpoints' / '30').exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (workdir / 'checkpoints' / '90').exists()
+
+    subprocess.run(command, check=True)
+    final = final_state(run, workdir)
+    assert final.step == 90
+    assert_bit_equal(final, final_state(run, tmp_path / 'uninterrupted'))
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted):
+    run, workdir, result = uninterrupted
+    before = (workdir / 'metrics.jsonl').read_bytes()
+    start = time.monotonic()
+    assert train(run, workdir) == result
+    assert time.monotonic() - start < 2
+    assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_each_period_is_its_own(uninterrupted, tmp_path):
+    run, workdir, _ = uninterrupted
+    lines = read_metrics(workdir)
+    steps = {
+        name: [line['step'] for line in lines if f'{name}/loss' in line]
+        for name in ('train', 'eval')
+    }
+    assert steps == {'train': [2, 4, 6, 8, 10, 11], 'eval': [5, 10, 11]}
+    train(dataclasses.replace(run, checkpoint_keep=100), tmp_path)
+    saved = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+    assert saved == [3, 6, 9, 11]
+    # The uninterrupted run keeps the newest two.
+    kept = sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+    assert kept == [9, 11]
+
+
+def test_the_learning_rate_logged_is_the_one_used(uninterrupted):
+    run, workdir, _ = uninterrupted
+    for line in read_metrics(workdir):
+        if 'train/learning_rate' in line:
+            assert line['train/learning_rate'] == float(run.schedule(line['step'] - 1))
+
+
+def test_the_workdir_says_what_ran(uninterrupted):
+    run, workdir, _ = uninterrupted
+    config = json.loads((workdir / 'config.json').read_text())
+    assert config == json.loads(json.dumps(run.metadata['config']))
+    launch = json.loads((workdir / 'launches.jsonl').read_text().splitlines()[0])
+    assert launch['command'] == sys.argv
+    assert launch['versions']['jax'] == jax.__version__
+    metadata = final_state(run, workdir).metadata
+    assert metadata['position'] == NUM_STEPS * 8
+    assert metadata['model']['grid'] == [3, 3]
+    assert metadata['model']['prefix_tokens'] == 1
+    assert metadata['class_names'] == ['class_0', 'class_1', 'class_2']
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
+    overrides = {'optim.learning_rate': 1e38, 'optim.warmup_steps': 5}
+    run = build(small_config(**overrides))
+    with pytest.raises(
+        UserError, match=r'the loss is (nan|inf) at step (\d+)'
+    ) as error:
+        train(run, tmp_path)
+    step = int(str(error.value).split('at step ')[1].split()[0])
+    saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
+    assert all(s < step for s in saved)
+    for s in saved:
+        with Checkpoints(tmp_path) as checkpoints:
+            like = shapes_on(run.parallel.replicated, run.state_shape)
+            assert checkpoints.restore_latest(like).step == s
+    assert 'block' in str(error.value) or 'none yet' in str(error.value)
+
+
+def test_another_run_s_workdir_is_refused(uninterrupted):
+    _, workdir, _ = uninterrupted
+    before = (workdir / 'config.json').read_bytes()
+    with pytest.raises(UserError, match=r'config\.seed is 0 there and 7 here'):
+        train(build(small_config(seed=7)), workdir)
+    assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_a_model_learns(tmp_path):
+    config = small_config(num_steps=60, **{'optim.learning_rate': 1e-2})
+    config.model.kwargs = {'width': 16, 'depth': 1, 'mlp_dim': 32, 'num_heads': 2}
+    config.augment.crop = 'none'
+    config.augment.pad = default_config().augment.pad
+    assert train(build(config), tmp_path)['accuracy'] > 0.9
