@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import sys
-from typing import TextIO
 
 import tqdm
 
@@ -76,8 +75,8 @@ class Progress:
       num_steps: steps in all.
     """
 
-    def __init__(self, start_step: int, num_steps: int, stream: TextIO = sys.stderr):
-        self._stream = stream
+    def __init__(self, start_step: int, num_steps: int):
+        stream = sys.stderr
         self._num_steps = num_steps
         self._bar = tqdm.tqdm(
             initial=start_step,
@@ -110,9 +109,9 @@ class Progress:
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
         if self._bar.disable:
-            print(message, file=self._stream, flush=True)
+            print(message, file=sys.stderr, flush=True)
         else:
-            self._bar.write(message, file=self._stream)
+            self._bar.write(message, file=sys.stderr)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
