@@ -52,6 +52,7 @@ class Run:
       schedule: step -> learning rate.
       parallel: how steps run on the devices.
       state_shape: shapes and dtypes of the TrainState.
+      batch_shape: shapes and dtypes of a global batch.
       num_steps: updates in all.
       batch_size: images per step, over all devices.
       eval_every_steps, checkpoint_every_steps, log_every_steps: periods.
@@ -71,6 +72,7 @@ class Run:
     schedule: optax.Schedule
     parallel: Parallel
     state_shape: TrainState
+    batch_shape: dict[str, jax.ShapeDtypeStruct]
     num_steps: int
     batch_size: int
     eval_every_steps: int
@@ -94,7 +96,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
         but that this run does not read.
     """
     c = ConfigReader(config)
-    _check_positive(config)
+    _check_ranges(config)
     parallel = make_parallel(c.parallel.mode)
     batch_size = c.batch_size
     parallel.check_batch_size(batch_size, 'config.batch_size')
@@ -141,6 +143,11 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
         schedule=schedule,
         parallel=parallel,
         state_shape=jax.eval_shape(init),  # a model that does not fit fails here
+        batch_shape={
+            'image': jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
+            'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+            'weight': jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+        },
         num_steps=num_steps,
         batch_size=batch_size,
         eval_every_steps=c.eval.every_steps,
@@ -174,19 +181,46 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
     return run
 
 
-_POSITIVE = (
-    'batch_size',
-    'eval.every_steps',
-    'checkpoint.every_steps',
-    'checkpoint.keep',
-    'log.every_steps',
+# In words, as a predicate, and of which keys. Optional keys may be None too.
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        'above 0',
+        lambda x: x > 0,
+        (
+            'batch_size',
+            'optim.clip_norm',
+            'eval.every_steps',
+            'checkpoint.every_steps',
+            'checkpoint.keep',
+            'log.every_steps',
+        ),
+    ),
+    (
+        '0 or more',
+        lambda x: x >= 0,
+        (
+            'seed',
+            'dataset.num_workers',
+            'augment.pad',
+            'optim.learning_rate',
+            'optim.weight_decay',
+        ),
+    ),
+    (
+        'in (0, 1]',
+        lambda x: 0 < x <= 1,
+        ('dataset.train_fraction', 'dataset.eval_crop', 'augment.min_scale'),
+    ),
+    ('in [0, 1)', lambda x: 0 <= x < 1, ('optim.label_smoothing',)),
 )
 
 
-def _check_positive(config: ConfigDict) -> None:
-    for key, value in flatten(config):
-        if key in _POSITIVE and value <= 0:
-            raise UserError(f'config.{key} must be above 0, not {value}')
+def _check_ranges(config: ConfigDict) -> None:
+    values = dict(flatten(config))
+    for words, holds, keys in _RANGES:
+        for key in keys:
+            if values[key] is not None and not holds(values[key]):
+                raise UserError(f'config.{key} must be {words}, not {values[key]}')
 
 
 def _image_size(c: ConfigReader, dataset: Dataset) -> tuple[int, int]:
@@ -219,6 +253,7 @@ def _train_data(
         **({'min_scale': c.augment.min_scale} if crop == 'resized' else {}),
     )
     split, fraction, seed = c.dataset.train_split, c.dataset.train_fraction, c.seed
+    _check_split(dataset, split)
     batches = partial(
         train_batches,
         transform=transform,
@@ -243,6 +278,7 @@ def _eval_data(
         batch_size = c.batch_size
     parallel.check_batch_size(batch_size, 'config.eval.batch_size')
     split = c.dataset.eval_split or pick_eval_split(dataset)
+    _check_split(dataset, split)
     batches = partial(
         eval_batches,
         transform=EvalTransform(image_shape[:2], image_shape[2], c.dataset.eval_crop),
@@ -251,6 +287,13 @@ def _eval_data(
         num_workers=c.dataset.num_workers,
     )
     return lambda: batches(dataset.open(split))
+
+
+def _check_split(dataset: Dataset, split: str) -> None:
+    """Raises UserError now, not when the split is first opened, after many steps."""
+    is_plain = split.isidentifier()  # not TFDS's notation, 'test[:10%]'
+    if dataset.splits and is_plain and split not in dataset.splits:
+        raise unknown(f'split of {dataset.name}', split, dataset.splits)
 
 
 def _num_steps(c: ConfigReader, dataset: Dataset) -> int:

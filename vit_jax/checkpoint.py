@@ -104,7 +104,7 @@ def load_metadata(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """Step and metadata of a workdir's newest checkpoint.
 
     Raises:
-      UserError: when the folder holds none.
+      UserError: when the folder holds none, or a damaged one.
     """
     if not (workdir / 'checkpoints').is_dir():
         raise UserError(
@@ -115,7 +115,7 @@ def load_metadata(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
         if step is None:
             raise UserError(f'{workdir} has no finished checkpoint yet')
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return step, checkpoints._manager.restore(step, args=args).metadata
+        return step, _restore(checkpoints, workdir, step, args).metadata
 
 
 def load_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variables:
@@ -131,13 +131,19 @@ def load_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variabl
     """
     with Checkpoints(workdir) as checkpoints:
         args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
-        try:
-            return checkpoints._manager.restore(step, args=args).variables
-        except Exception as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise UserError(
-                f'checkpoint {step} of {workdir} cannot be read: {reason}'
-            ) from error
+        return _restore(checkpoints, workdir, step, args).variables
+
+
+def _restore(
+    checkpoints: Checkpoints, workdir: pathlib.Path, step: int, args: Any
+) -> Any:
+    try:
+        return checkpoints._manager.restore(step, args=args)
+    except Exception as error:  # Orbax raises whatever its readers raise
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f'checkpoint {step} of {workdir} cannot be read: {reason}'
+        ) from error
 
 
 def shapes_on(sharding: jax.sharding.Sharding, tree: Any) -> Any:

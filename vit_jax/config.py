@@ -208,8 +208,9 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
     Args:
       config: is left as it is.
-      overrides: such as '--config.optim.learning_rate=3e-4'. Fields of the model
-        that the config does not set are Python literals, or else strings.
+      overrides: such as '--config.optim.learning_rate=3e-4'; 'None' unsets an
+        optional key. Fields of the model that the config does not set are Python
+        literals, or else strings.
 
     Raises:
       UserError: for a key that does not exist (offers the nearest) or a value of
@@ -217,12 +218,16 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """
     config = copy.deepcopy(config)  # keeps the types of optional keys
     known = dict(flatten(config)) | {'model.kwargs': None}
+    defaults = flatten(default_config(config.task))
+    optional = [key for key, value in defaults if value is None]
     typed = []
     for argument in overrides:
         key, has_value, value = argument.removeprefix('--config.').partition('=')
         if not argument.startswith('--config.') or not has_value:
             raise UserError(f'{argument!r} is not of the form --config.key=value')
-        if key in known:
+        if key in optional and value == 'None':
+            config.update_from_flattened_dict({key: None})
+        elif key in known:
             typed.append(argument)
         elif key.startswith('model.kwargs.'):
             with config.unlocked():

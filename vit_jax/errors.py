@@ -15,9 +15,11 @@ class UserError(ValueError):
 def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
     """The error for a `name` that is none of `options`: offers the nearest one."""
     options = sorted(options)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    folded = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     if near:
-        return UserError(f'unknown {kind} {name!r}; did you mean {near[0]!r}?')
+        nearest = folded[near[0]]
+        return UserError(f'unknown {kind} {name!r}; did you mean {nearest!r}?')
     return UserError(f'unknown {kind} {name!r}; choose one of: {", ".join(options)}')
 
 

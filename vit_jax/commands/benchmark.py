@@ -24,13 +24,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         '--tokens', default='196,1024,4096', help='token counts, default 196,1024,4096'
     )
-    parser.add_argument('--heads', type=int, default=4, help='default 4')
-    parser.add_argument('--head_dim', type=int, default=48, help='default 48')
+    parser.add_argument('--heads', type=options.positive, default=4, help='default 4')
     parser.add_argument(
-        '--batch_size', type=int, help='images; default: 8192 tokens in all'
+        '--head_dim', type=options.positive, default=48, help='default 48'
+    )
+    parser.add_argument(
+        '--batch_size',
+        type=options.positive,
+        help='images; default: 8192 tokens in all',
     )
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
-    parser.add_argument('--rounds', type=int, default=20, help='default 20')
+    parser.add_argument(
+        '--rounds', type=options.positive, default=20, help='default 20'
+    )
     args = options.parse_strict(parser, argv)
     counts = args.tokens.split(',')
     if not all(n.isdigit() and int(n) for n in counts):

@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> None:
         '--weights', help='workdir whose weights to take, with --config'
     )
     args, overrides = options.parse(parser, argv)
-    if bool(args.workdir) == bool(args.config and args.weights):
+    given = bool(args.workdir), bool(args.config), bool(args.weights)
+    if given not in ((True, False, False), (False, True, True)):
         raise UserError('give --workdir=DIR, or both --config=FILE and --weights=DIR')
 
     options.quiet()

@@ -45,20 +45,31 @@ def parse(
     Raises:
       UserError: for an option that the command does not have.
     """
-    args, rest = parser.parse_known_args(argv)
+    words = list(argv)
+    options = words[: words.index('--')] if '--' in words else words
+    for word in options:  # before argparse says what is missing
+        if word.startswith('--') and not word.startswith('--config.'):
+            _check_option(parser, word)
+    args, rest = parser.parse_known_args(words)
     overrides = []
     rest = list(reversed(rest))
     while rest:
         word = rest.pop()
         if not word.startswith('--config.'):
-            known = [o for action in parser._actions for o in action.option_strings]
-            near = difflib.get_close_matches(word.partition('=')[0], known, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise UserError(f'{parser.prog} does not take {word!r}{hint}')
+            raise UserError(f'{parser.prog} does not take {word!r}')
         if '=' not in word and rest:
             word = f'{word}={rest.pop()}'
         overrides.append(word)
     return args, overrides
+
+
+def _check_option(parser: argparse.ArgumentParser, word: str) -> None:
+    name = word.partition('=')[0]
+    known = [o for action in parser._actions for o in action.option_strings]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f'; did you mean {near[0]}?' if near else ''
+        raise UserError(f'{parser.prog} does not take {word!r}{hint}')
 
 
 def parse_strict(
@@ -74,6 +85,14 @@ def parse_strict(
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     """The config of a recipe, with overrides."""
     return override(load_config(path), overrides)
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a whole number above 0."""
+    number = int(text)
+    if number <= 0:
+        raise ValueError
+    return number
 
 
 def keys(overrides: Sequence[str]) -> list[str]:

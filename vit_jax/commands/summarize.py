@@ -24,8 +24,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         '--image_size', default='224', help='side, or height,width (default 224)'
     )
-    parser.add_argument('--channels', type=int, default=3, help='default 3')
-    parser.add_argument('--num_classes', type=int, default=1000, help='default 1000')
+    parser.add_argument(
+        '--channels', type=options.positive, default=3, help='default 3'
+    )
+    parser.add_argument(
+        '--num_classes', type=options.positive, default=1000, help='default 1000'
+    )
     parser.add_argument('--json', action='store_true', help='JSON instead of a table')
     args = options.parse_strict(parser, argv)
     size = _parse_size(args.image_size)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -164,8 +165,10 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
             builder = _prepare_digits(data_dir)
         else:
             builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
-        raise unknown('dataset', name, ['digits', *tfds.list_builders()]) from None
+    except UserError:
+        raise
+    except (ValueError, AssertionError, ImportError) as error:
+        raise _tfds_error(name, error) from error
     features = dict(builder.info.features.items())
     if not isinstance(features.get('image'), tfds.features.Image) or not isinstance(
         features.get('label'), tfds.features.ClassLabel
@@ -206,6 +209,18 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
         image_shape=features['image'].shape,
         open=open_split,
     )
+
+
+def _tfds_error(name: str, error: Exception) -> UserError:
+    """What TFDS says of a name, in one line."""
+    import tensorflow_datasets as tfds
+
+    # Community datasets are listed over the network, and with TensorFlow.
+    known = ['digits', *tfds.list_builders(with_community_datasets=False)]
+    if re.split('[:/]', name)[0] not in known:
+        return unknown('dataset', name, known)
+    first_line, _, _ = str(error).partition('\n')
+    return UserError(f'dataset {name!r}: {first_line}')
 
 
 def _prepare_digits(data_dir: str | None):

@@ -45,8 +45,18 @@ def decode_image(
     try:
         image = Image.open(io.BytesIO(data))
         found = 1 if image.mode in _GREY_MODES else 3
-        pixels = np.asarray(image.convert(_MODES[channels]))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if image.mode.startswith('I'):  # 16 bits, which `convert` would clip
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            pixels = np.asarray(Image.fromarray(grey).convert(_MODES[channels]))
+        else:
+            pixels = np.asarray(image.convert(_MODES[channels]))
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
         reason = str(error).split(' <')[0]  # without the address of the buffer
         raise UserError(f'{name} cannot be decoded: {reason}') from error
     if found != channels and not convert:
