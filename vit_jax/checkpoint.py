@@ -31,12 +31,15 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       keep: how many of the newest to keep; None for all.
+      read_only: whether the folder is another's, and left as it is.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int | None = None):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        folder = (workdir / 'checkpoints').absolute()
-        self._manager = ocp.CheckpointManager(folder, options=options)
+    def __init__(
+        self, workdir: pathlib.Path, keep: int | None = None, read_only: bool = False
+    ):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
+        self._folder = (workdir / 'checkpoints').absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -84,8 +87,7 @@ class Checkpoints:
                     ),
                 )
             except Exception as error:  # Orbax raises whatever its readers raise
-                reason = ' '.join(str(error).split())[:200]
-                log.warning('checkpoint %d cannot be read (%s)', step, reason)
+                log.warning('checkpoint %d cannot be read (%s)', step, _reason(error))
                 continue
             for damaged in steps[: steps.index(step)]:
                 self._manager.delete(damaged)
@@ -94,28 +96,43 @@ class Checkpoints:
             return Restored(step, state, restored.metadata)
         if steps:
             raise UserError(
-                f'none of the checkpoints {steps} in {self._manager.directory} can be '
+                f'none of the checkpoints {steps} in {self._folder} can be '
                 'read; move the folder away to start anew'
             )
         return None
+
+    def load(self, step: int, item: str, how: Any) -> Any:
+        """One item of one checkpoint.
+
+        Raises:
+          UserError: when it cannot be read.
+        """
+        args = ocp.args.Composite(**{item: how})
+        try:
+            return self._manager.restore(step, args=args)[item]
+        except Exception as error:  # Orbax raises whatever its readers raise
+            raise UserError(
+                f'checkpoint {step} in {self._folder} cannot be read: {_reason(error)}'
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200]
 
 
 def load_metadata(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """Step and metadata of a workdir's newest checkpoint.
 
     Raises:
-      UserError: when the folder holds none, or a damaged one.
+      UserError: when the folder holds none, or it is damaged.
     """
     if not (workdir / 'checkpoints').is_dir():
-        raise UserError(
-            f'{workdir} is not the workdir of a run: it has no checkpoints/'
-        )
-    with Checkpoints(workdir) as checkpoints:
+        raise UserError(f'{workdir} is not the workdir of a run: no checkpoints/ in it')
+    with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise UserError(f'{workdir} has no finished checkpoint yet')
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return step, _restore(checkpoints, workdir, step, args).metadata
+        return step, checkpoints.load(step, 'metadata', ocp.args.JsonRestore())
 
 
 def load_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variables:
@@ -129,21 +146,8 @@ def load_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variabl
     Raises:
       UserError: when the checkpoint is damaged or of another model.
     """
-    with Checkpoints(workdir) as checkpoints:
-        args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
-        return _restore(checkpoints, workdir, step, args).variables
-
-
-def _restore(
-    checkpoints: Checkpoints, workdir: pathlib.Path, step: int, args: Any
-) -> Any:
-    try:
-        return checkpoints._manager.restore(step, args=args)
-    except Exception as error:  # Orbax raises whatever its readers raise
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(
-            f'checkpoint {step} of {workdir} cannot be read: {reason}'
-        ) from error
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.load(step, 'variables', ocp.args.StandardRestore(like))
 
 
 def shapes_on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
