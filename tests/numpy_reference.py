@@ -4,6 +4,7 @@ Nothing here calls `vit_jax`: a mistake there cannot hide behind the same one he
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,33 @@ def random_params(module, *args, scale=0.3, **kwargs):
 
     No leaf stays at zero or one, so every parameter shows in the output.
     """
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)['params']
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
         centre = 1.0 if path[-1].key == 'scale' else 0.0
         return jnp.asarray(rng.normal(centre, scale, leaf.shape), jnp.float32)
 
+    shapes = init_shapes(module, *args, **kwargs)
     return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def init_shapes(module, *args, **kwargs):
+    """The parameters that `module.init` gives, without computing them."""
+    init = partial(module.init, **kwargs)
+    return jax.eval_shape(init, jax.random.key(0), *args)['params']
+
+
+@partial(jax.jit, static_argnums=0, static_argnames='grid')
+def init(module, *args, **kwargs):
+    """The parameters that `module.init` gives, compiled."""
+    return module.init(jax.random.key(0), *args, **kwargs)['params']
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=('grid', 'mutable', 'train'))
+def apply(module, params, *args, rng=None, **kwargs):
+    """`module.apply`, compiled; `rng` is the key of dropout."""
+    rngs = None if rng is None else {'dropout': rng}
+    return module.apply({'params': params}, *args, rngs=rngs, **kwargs)
 
 
 def random_arrays(seed, *shapes):
@@ -43,7 +63,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 def assert_gradients_close(actual, expected):
-    """The tolerances of `docs`: by leaf and by global norm; 1e-10 in float64."""
+    """By the leaf's largest and the global norm in float32, to 1e-10 in float64."""
     leaves = jax.tree.leaves(expected)
     norm = math.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in leaves))
     for got, want in zip(jax.tree.leaves(actual), leaves, strict=True):

@@ -1,0 +1,122 @@
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference as reference
+import pytest
+
+from vit_jax.layers.attention import MultiHeadAttention
+from vit_jax.layers.blocks import EncoderBlock, drop_path_rates
+
+B, T, D, F = 3, 5, 6, 7
+
+
+class Keep(nn.Module):
+    """An attention without attention: returns its input, scaled."""
+
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return self.scale * x
+
+
+def make_block(attention=None, shape=(B, T, D), **kwargs):
+    attention = attention or partial(MultiHeadAttention, num_heads=3)
+    block = EncoderBlock(attention, F, **kwargs)
+    (x,) = reference.random_arrays(0, shape)
+    return block, reference.random_params(block, x), x
+
+
+@pytest.mark.parametrize(
+    'kwargs', [{}, {'layer_norm_eps': 0.5}, {'gelu_variant': 'tanh'}]
+)
+def test_block_is_attention_then_mlp_each_with_norm_and_residual(kwargs):
+    block, params, x = make_block(**kwargs)
+    out = reference.apply(block, params, x)
+    eps = kwargs.get('layer_norm_eps', 1e-6)
+    variant = kwargs.get('gelu_variant', 'exact')
+    expected = reference.encoder_block(
+        reference.float64(params), x, eps=eps, variant=variant
+    )
+    reference.assert_close(out, expected)
+
+
+def test_any_attention_serves():
+    block, params, x = make_block(Keep)
+    out = reference.apply(block, params, x)
+    assert set(params) == {'norm1', 'norm2', 'mlp'}
+    params = {**reference.float64(params), 'attention': {}}
+    expected = reference.encoder_block(params, x, attend=lambda params, x: x)
+    reference.assert_close(out, expected)
+
+
+class TrainOnly(nn.Module):
+    """An attention that returns its input in training and nothing else."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return x if train else jnp.zeros_like(x)
+
+
+def test_attention_is_told_whether_it_trains():
+    block, params, x = make_block(TrainOnly)
+    params = zero_mlp(params)
+    reference.assert_close(reference.apply(block, params, x), x)
+    expected = x + reference.layer_norm(reference.float64(params['norm1']), x)
+    out = reference.apply(block, params, x, train=True)
+    reference.assert_close(out, expected)
+
+
+def zero_mlp(params):
+    return {**params, 'mlp': jax.tree.map(jnp.zeros_like, params['mlp'])}
+
+
+@pytest.mark.parametrize('branch', ['attention', 'mlp'])
+def test_drop_path_drops_each_branch_of_whole_examples(branch):
+    scale = 1.0 if branch == 'attention' else 0.0
+    block, params, x = make_block(
+        partial(Keep, scale=scale), shape=(67, T, D), drop_path_rate=0.5
+    )
+    if branch == 'attention':
+        params = zero_mlp(params)
+    x = np.float32(x)
+    plain = reference.apply(block, params, x) - x
+    rng = jax.random.key(0)
+    out = np.asarray(reference.apply(block, params, x, train=True, rng=rng)) - x
+    dropped = np.all(out == 0.0, axis=(1, 2))
+    assert 20 < dropped.sum() < 47
+    reference.assert_close(out[~dropped], 2 * plain[~dropped])
+
+
+def test_drop_path_of_the_branches_is_independent():
+    def dropped(zero):
+        block, params, x = make_block(Keep, shape=(67, T, D), drop_path_rate=0.5)
+        if zero == 'mlp':
+            params = zero_mlp(params)
+        else:
+            params['norm1'] = jax.tree.map(jnp.zeros_like, params['norm1'])
+        rng = jax.random.key(0)
+        out = reference.apply(block, params, x, train=True, rng=rng)
+        return np.all(out == np.float32(x), axis=(1, 2))
+
+    assert np.any(dropped('mlp') != dropped('attention'))
+
+
+@pytest.mark.parametrize('silent', ['mlp', 'norm1'])
+def test_dropout_after_the_attention_and_in_the_mlp(silent):
+    block, params, x = make_block(Keep, dropout_rate=0.25, shape=(7, 11, 13))
+    params[silent] = jax.tree.map(jnp.zeros_like, params[silent])
+    rng = jax.random.key(0)
+    out = reference.apply(block, params, x, train=True, rng=rng)
+    assert 0.2 < np.mean(out == np.float32(x)) < 0.3
+
+
+@pytest.mark.parametrize(
+    ('rate', 'depth', 'expected'),
+    [(0.5, 3, [0, 0.25, 0.5]), (0.1, 2, [0, 0.1]), (0.3, 1, [0]), (0, 4, [0] * 4)],
+)
+def test_drop_path_rates_grow_linearly_from_zero(rate, depth, expected):
+    np.testing.assert_allclose(drop_path_rates(rate, depth), expected)

@@ -1,0 +1,152 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference as reference
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.models import build_model, list_models
+from vit_jax.models.variants import decode_variant
+
+# Counted in the public PyTorch models, 1,000 classes.
+PUBLISHED = {
+    'ConViT-Ti/16': 5_710_512,
+    'ConViT-Ti+/16': 9_972_912,
+    'ConViT-S/16': 27_777_322,
+    'ConViT-S+/16': 48_979_882,
+    'ConViT-B/16': 86_540_040,
+    'ConViT-B+/16': 153_134_856,
+    'DeiT-Ti/16': 5_717_416,
+    'DeiT-S/16': 22_050_664,
+    'DeiT-B/16': 86_567_656,
+    'ViT-B/16': 86_567_656,
+    'ViT-L/16': 304_326_632,
+    'ViT-H/14': 632_045_800,
+}
+
+
+def vit_params(width, depth, patch, mlp_dim=None):
+    """The parameters of a ViT with a class token at 224 pixels, 1,000 classes."""
+    mlp_dim = mlp_dim or 4 * width
+    embed = patch * patch * 3 * width + width
+    tokens = (224 // patch) ** 2 + 1
+    attention = 4 * (width * width + width)
+    mlp = 2 * width * mlp_dim + mlp_dim + width
+    block = attention + mlp + 4 * width
+    head = 2 * width + 1000 * width + 1000
+    return embed + (1 + tokens) * width + depth * block + head
+
+
+def cnn_params(widths):
+    """3x3 convolutions without bias, a scale and a bias a channel, a classifier."""
+    layers = zip((3, *widths), widths)
+    return (
+        sum(9 * a * b + 2 * b for a, b in layers)
+        + 1001 * widths[-1]
+        - widths[-1]
+        + 1000
+    )
+
+
+# Not counted elsewhere: by the formula, which the published ones bear out below.
+COUNTS = {
+    **PUBLISHED,
+    'ViT-Ti/16': vit_params(192, 12, 16),
+    'ViT-S/16': vit_params(384, 12, 16),
+    'ViT-S/32': vit_params(384, 12, 32),
+    'ViT-B/32': vit_params(768, 12, 32),
+    'ViT-L/32': vit_params(1024, 24, 32),
+    'CNN': cnn_params((48, 48, 88, 88, 88)),
+}
+
+
+@pytest.mark.parametrize(
+    ('name', 'width', 'depth', 'patch'),
+    [
+        ('DeiT-Ti/16', 192, 12, 16),
+        ('DeiT-S/16', 384, 12, 16),
+        ('ViT-L/16', 1024, 24, 16),
+        ('ViT-H/14', 1280, 32, 14),
+    ],
+)
+def test_the_formula_gives_the_published_counts(name, width, depth, patch):
+    assert vit_params(width, depth, patch) == PUBLISHED[name]
+
+
+def test_every_model_has_a_count():
+    assert sorted(COUNTS) == sorted(list_models()), 'add the new model to COUNTS'
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_parameter_count(name):
+    model = build_model(name, num_classes=1000)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    params = reference.init_shapes(model, image)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == COUNTS[name]
+
+
+# Heads leave no trace in the counts: the papers' tables.
+HEADS = {
+    'ViT': {'Ti': 3, 'S': 6, 'B': 12, 'L': 16, 'H': 16},
+    'DeiT': {'Ti': 3, 'S': 6, 'B': 12},
+    'ConViT': {'Ti': 4, 'Ti+': 4, 'S': 9, 'S+': 9, 'B': 16, 'B+': 16},
+}
+
+
+@pytest.mark.parametrize('family', HEADS)
+def test_heads_are_those_of_the_papers(family):
+    for size, num_heads in HEADS[family].items():
+        assert decode_variant(f'{family}-{size}/16')[1]['num_heads'] == num_heads
+
+
+def test_convit_keeps_attention_biases_out_and_ten_local_layers():
+    model = build_model('ConViT-S/16', num_classes=10)
+    assert (model.num_local_layers, model.qkv_bias, model.pool) == (10, False, 'cls')
+
+
+@pytest.mark.parametrize(
+    ('name', 'head_std'),
+    [('ViT-B/16', 0.0), ('DeiT-B/16', 0.02), ('ConViT-B/16', 0.02)],
+)
+def test_classifiers_start_as_published(name, head_std):
+    model = build_model(name, num_classes=1000)
+    kernel = model.head_init(jax.random.key(0), (101, 997), jnp.float32)
+    np.testing.assert_allclose(np.std(kernel), head_std, rtol=0.02)
+
+
+@pytest.mark.parametrize('name', ['DeiT-B/16', 'ConViT-B/16'])
+def test_deit_and_convit_kernels_start_as_published(name):
+    model = build_model(name, num_classes=1000)
+    kernel = model.kernel_init(jax.random.key(0), (101, 997), jnp.float32)
+    np.testing.assert_allclose(np.std(kernel), 0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize('patch', [1, 4, 8, 32])
+def test_any_patch_size_is_a_variant(patch):
+    assert build_model(f'ConViT-Ti+/{patch}', num_classes=10).patch_size == patch
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('ConVit-S/16', "unknown model 'ConVit-S/16'; did you mean 'ConViT-S/16'"),
+        ('ViT-G/14', "unknown size of ViT 'G'; choose one of: B, H, L, S, Ti"),
+        ('ConViT-S', "unknown model 'ConViT-S'; did you mean 'ConViT-S/16'"),
+        ('ViT-B/16 ', "did you mean 'ViT-B/16'"),
+        ('ViT-B/x', "unknown model 'ViT-B/x'; did you mean 'ViT-B/"),
+        ('ViT-b/16', "unknown size of ViT 'b'; did you mean 'B'"),
+        (
+            'ConViT-S*/16',
+            r"unknown model 'ConViT-S\*/16'; did you mean 'ConViT-S\+?/16'",
+        ),
+        ('ConViT-B++/16', r"unknown size of ConViT 'B\+\+'; did you mean 'B\+'"),
+        ('cnn', "unknown model 'cnn'; did you mean 'CNN'"),
+        ('', "unknown model ''; choose one of: CNN, ConViT-B"),
+        ('ViT-B/0', "model 'ViT-B/0' has patches of size 0"),
+    ],
+)
+def test_a_name_that_is_none_offers_the_nearest(name, message):
+    with pytest.raises(UserError, match=message):
+        decode_variant(name)
