@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and no silent rank promotion, for every test."""
+"""Eight virtual CPU devices for every test."""
 
 import os
 

@@ -64,7 +64,7 @@ def check_dtype_reaches_every_module(model, shape, float32_modules):
     outputs = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(captured):
         *modules, method = [entry.key for entry in path[:-1]]
-        if method == '__call__' and modules[-2:] != ['attention', 'Dropout_0']:
+        if method == '__call__' and modules[-2:] != ['attention', 'dropout']:
             outputs['/'.join(modules)] = leaf.dtype
     assert len(outputs) > 3
     wrong = {name for name, dtype in outputs.items() if dtype != jnp.bfloat16}

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
     'typing config errors axes forks',
-    'layers data losses metrics writer optim',
+    'layers data losses metrics writer optim state',
     'models checkpoint workdir pretrained parallel decode',
     'tasks',
     'build',

@@ -24,7 +24,8 @@ from vit_jax.layers.patch import resolve_patch
 from vit_jax.models import build_model
 from vit_jax.optim import make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
-from vit_jax.tasks import TrainState, get_task
+from vit_jax.state import TrainState
+from vit_jax.tasks import get_task
 from vit_jax.tasks.classify import Settings
 from vit_jax.typing import Batch, Metrics, Variables
 
@@ -108,13 +109,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
     eval_data = _eval_data(c, dataset, image_shape, parallel)
     num_steps = _num_steps(c, dataset)
 
-    if c.dtype not in DTYPES:
-        raise unknown('dtype', c.dtype, DTYPES)
-    model = build_model(
-        c.model.name,
-        num_classes=len(dataset.class_names),
-        **{'dtype': DTYPES[c.dtype], **c.model.kwargs},
-    )
+    model = make_model(c.model.name, len(dataset.class_names), c.dtype, c.model.kwargs)
     schedule = make_schedule(
         c.optim.schedule, c.optim.learning_rate, num_steps, c.optim.warmup_steps
     )
@@ -179,6 +174,22 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
     )
     check_unread(config, c.unread(), named)
     return run
+
+
+def make_model(
+    name: str, num_classes: int, dtype: str, kwargs: dict[str, Any]
+) -> nn.Module:
+    """The model of a config's values.
+
+    Raises:
+      UserError: for an unknown name, dtype or field.
+    """
+    if dtype not in DTYPES:
+        raise unknown('dtype', dtype, DTYPES)
+    for key in ('name', 'num_classes', 'dtype'):
+        if key in kwargs:
+            raise UserError(f'model.kwargs.{key} is not for the config to set')
+    return build_model(name, num_classes, dtype=DTYPES[dtype], **kwargs)
 
 
 # In words, as a predicate, and of which keys. Optional keys may be None too.

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from vit_jax.errors import UserError
-from vit_jax.tasks import TrainState
+from vit_jax.state import TrainState
 from vit_jax.typing import Variables
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import ast
 import copy
 import importlib.util
 import pathlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -195,12 +196,18 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     """The config that `config.to_dict()` was stored from, by way of JSON."""
     config = default_config(values['task'])
     with config.unlocked():
-        config.model.kwargs = values['model']['kwargs']
+        config.model.kwargs = _tuples(values['model']['kwargs'])
     for key, value in flatten(values):
         if not key.startswith('model.kwargs'):
-            value = tuple(value) if isinstance(value, list) else value
-            config.update_from_flattened_dict({key: value})
+            config.update_from_flattened_dict({key: _tuples(value)})
     return config
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -229,7 +236,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             config.update_from_flattened_dict({key: None})
         elif key in known:
             typed.append(argument)
-        elif key.startswith('model.kwargs.'):
+        elif re.fullmatch(r'model\.kwargs\.\w+', key):
             with config.unlocked():
                 config.model.kwargs[key.removeprefix('model.kwargs.')] = _literal(value)
         else:
@@ -246,7 +253,12 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _one_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+    # ml_collections wraps a KeyError, which shows its message as a literal, and
+    # prints all the keys there are.
+    cause = error.args[0] if error.args else error
+    message = str(cause.args[0] if isinstance(cause, KeyError) else error)
+    message = re.sub(r'Other fields present: "{.*}"', '', message, flags=re.DOTALL)
+    return f'{type(error).__name__}: {" ".join(message.split())}'
 
 
 def _literal(value: str) -> Any:

@@ -23,7 +23,7 @@ def import_path(path: str) -> Any:
     module_name, _, attribute = path.partition(':')
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError, TypeError) as error:
         raise UserError(f'cannot import {path!r}: {error}') from error
     if not attribute:
         return module

@@ -14,8 +14,8 @@ from vit_jax.build import Run
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
+from vit_jax.state import TrainState
 from vit_jax.summary import count_params
-from vit_jax.tasks import TrainState
 from vit_jax.typing import Batch, Metrics
 from vit_jax.workdir import open_workdir
 from vit_jax.writer import MetricWriter, Progress, format_metrics, read_metrics

@@ -72,17 +72,14 @@ def _load_classifier(
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from vit_jax.build import DTYPES
+    from vit_jax.build import make_model
     from vit_jax.checkpoint import load_variables, shapes_on
-    from vit_jax.models import build_model
     from vit_jax.tasks.classify import Settings, normalize
     from vit_jax.typing import Array
 
     about, preprocessing = metadata['model'], metadata['preprocessing']
-    model = build_model(
-        about['name'],
-        about['num_classes'],
-        **{'dtype': DTYPES[about['dtype']], **about['kwargs']},
+    model = make_model(
+        about['name'], about['num_classes'], about['dtype'], about['kwargs']
     )
     shape = (1, *preprocessing['image_size'], preprocessing['channels'])
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))

@@ -103,7 +103,10 @@ def _batches(
 ) -> grain.DatasetIterator:
     # Batches of a process's share of the rows, of which it takes every count-th:
     # its rows of a global batch are contiguous.
-    batches = examples.batch(batch_size // shard.count)[shard.index :: shard.count]
+    # There is no remainder to drop; but without it grain computes the length of an
+    # endless dataset in floating point, too large an integer at one row.
+    batches = examples.batch(batch_size // shard.count, drop_remainder=True)
+    batches = batches[shard.index :: shard.count]
     # A thread makes a whole batch. Decoding leaves Python's lock, the rest does not:
     # more threads than half the cores slow each other (and the model on a CPU) down.
     threads = min(max((os.cpu_count() or 1) // 2, 1), 16)

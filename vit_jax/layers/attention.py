@@ -4,6 +4,8 @@
 `jax.nn.dot_product_attention`: query `[B, T, N, H]`, key and value `[B, S, N, H]`.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ IMPLS = ('auto', 'xla', 'cudnn', 'chunked', 'dense')
 
 # Above this many keys the logits' memory traffic costs more than recomputing them,
 # and 'auto' takes blocks of queries. On the CPU measured with `benchmark gpsa`.
-_MAX_PLAIN_TOKENS = {'cpu': 768, 'gpu': 1024, 'tpu': 1024}
+_MAX_PLAIN_TOKENS, _MAX_PLAIN_TOKENS_CPU = 1024, 768
 _QUERY_BLOCK = 256
 
 
@@ -62,6 +64,8 @@ def dot_product_attention(
         return apply_weights(weights, value)
     if impl == 'chunked':
         return _chunked(query, key, value, bias, mask)
+    if impl == 'cudnn' and jax.default_backend() != 'gpu':
+        raise UserError("attention impl 'cudnn' needs a GPU; use 'auto'")
     if impl in ('xla', 'cudnn'):
         out = jax.nn.dot_product_attention(  # type: ignore[call-overload]
             query, key, value, bias=bias, mask=mask, implementation=impl
@@ -95,8 +99,8 @@ def attention_weights(
     if bias is not None:
         logits = logits + bias.astype(dtype)
     if mask is not None:
-        # A finite floor: a row of -inf would make the softmax, and then the
-        # gradient through `where`, NaN.
+        # A finite floor: the softmax of a row of -inf is NaN, which the `where` below
+        # would hide but `jax_debug_nans` would not.
         logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(logits, axis=-1)
     return weights if mask is None else jnp.where(mask, weights, 0.0)
@@ -125,10 +129,10 @@ def auto_impl(
         and mask is None
     ):
         return 'cudnn'
-    if key.shape[1] > _MAX_PLAIN_TOKENS[platform]:
-        return 'chunked'
-    # XLA's CPU backend runs our einsums faster than those of `jax.nn`.
-    return 'dense' if platform == 'cpu' else 'xla'
+    if platform == 'cpu':
+        # XLA's CPU backend runs our einsums faster than those of `jax.nn`.
+        return 'dense' if key.shape[1] <= _MAX_PLAIN_TOKENS_CPU else 'chunked'
+    return 'xla' if key.shape[1] <= _MAX_PLAIN_TOKENS else 'chunked'
 
 
 def _chunked(
@@ -154,7 +158,7 @@ def _chunked(
             where = shared if x.shape[2] == 1 else per_block
             where[name] = x if x.shape[2] == 1 else split(x, 2)
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, prevent_cse=False)  # `map` is a loop, nothing to merge
     def attend(args: dict[str, Array]) -> Array:
         weights = attention_weights(key=key, **args, **shared)
         return apply_weights(weights, value)
@@ -272,7 +276,7 @@ class MultiHeadAttention(nn.Module):
         if needs_weights(self, self.dropout_rate, train):
             weights = attention_weights(query, key, bias=bias, mask=mask)
             self.sow('intermediates', 'attention_weights', weights)
-            weights = Dropout(self.dropout_rate)(weights, train=train)
+            weights = Dropout(self.dropout_rate, name='dropout')(weights, train=train)
             out = apply_weights(weights, value)
         else:
             out = dot_product_attention(
@@ -285,6 +289,8 @@ class MultiHeadAttention(nn.Module):
 
 def resolve_head_dim(width: int, num_heads: int, head_dim: int | None) -> int:
     """`head_dim`, or `width / num_heads` where that is whole."""
+    if num_heads <= 0:
+        raise UserError(f'num_heads must be above 0, not {num_heads}')
     if head_dim is None and width % num_heads:
         raise UserError(
             f'num_heads {num_heads} does not divide the width {width}; '

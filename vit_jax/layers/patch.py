@@ -66,6 +66,8 @@ class PatchEmbed(nn.Module):
 def resolve_patch(patch_size: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
     """`patch_size` with one length per axis."""
     patch = (patch_size,) * rank if isinstance(patch_size, int) else tuple(patch_size)
+    if any(p <= 0 for p in patch):
+        raise UserError(f'patch size must be above 0, not {times(patch)}')
     if len(patch) != rank:
         raise UserError(
             f'patch size {times(patch)} has {len(patch)} axes, the input has {rank}'

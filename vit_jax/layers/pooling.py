@@ -36,12 +36,16 @@ class AttentionPool(nn.Module):
       num_heads: heads of the attention.
       mlp_dim: hidden size of the MLP.
       layer_norm_eps: epsilon of the LayerNorm.
+      gelu_variant: 'exact' or 'tanh'.
+      attention_impl: see `dot_product_attention`.
       dtype: dtype of the computation; parameters are float32.
     """
 
     num_heads: int
     mlp_dim: int
     layer_norm_eps: float = 1e-6
+    gelu_variant: str = 'exact'
+    attention_impl: str = 'auto'
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -50,11 +54,18 @@ class AttentionPool(nn.Module):
         init = nn.initializers.xavier_uniform()
         probe = self.param('probe', init, (1, 1, x.shape[-1])).astype(x.dtype)
         probe = jnp.tile(probe, (x.shape[0], 1, 1))
-        x = MultiHeadAttention(self.num_heads, dtype=self.dtype, name='attention')(
-            probe, x, train=train
+        attention = MultiHeadAttention(
+            self.num_heads, impl=self.attention_impl, dtype=self.dtype, name='attention'
         )
-        y = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
-        y = MlpBlock(self.mlp_dim, dtype=self.dtype, name='mlp')(y, train=train)
+        x = attention(probe, x, train=train)
+        y = nn.LayerNorm(epsilon=self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
+        mlp = MlpBlock(
+            self.mlp_dim,
+            gelu_variant=self.gelu_variant,
+            dtype=self.dtype,
+            name='mlp',
+        )
+        y = mlp(y, train=train)
         return (x + y)[:, 0]
 
 

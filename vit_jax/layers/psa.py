@@ -69,7 +69,10 @@ def positional_weights(kernel: Array, bias: Array | None, grid: Grid) -> Array:
     Returns:
       `[N, T, T]`.
     """
-    logits = jnp.einsum('TSF,FN->NTS', relative_positions(grid), kernel)
+    # Squared distances do not fit the short mantissas of fast matrix units.
+    logits = jnp.einsum(
+        'TSF,FN->NTS', relative_positions(grid), kernel, precision='highest'
+    )
     if bias is not None:
         logits = logits + bias[:, None, None]
     return jax.nn.softmax(logits, axis=-1)
@@ -305,7 +308,7 @@ class GPSA(nn.Module):
         if needs_weights(self, self.dropout_rate, train):
             weights = gpsa_weights(query, key, kernel, bias, gating, self.grid)
             self.sow('intermediates', 'attention_weights', weights)
-            weights = Dropout(self.dropout_rate)(weights, train=train)
+            weights = Dropout(self.dropout_rate, name='dropout')(weights, train=train)
             out = apply_weights(weights, value)
         else:
             out = gated_positional_attention(

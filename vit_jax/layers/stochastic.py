@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.axes import example_keys
+from vit_jax.errors import UserError
 from vit_jax.typing import Array
 
 
@@ -29,6 +30,8 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x, `[B, ...]`; the rows are examples. Returns the same shape."""
+        if not 0.0 <= self.rate < 1.0:
+            raise UserError(f'a dropout rate is in [0, 1), not {self.rate}')
         if not train or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate

@@ -72,4 +72,6 @@ def _resolve(value: Any) -> Any:
         return import_path(value)
     if isinstance(value, Mapping):
         return {key: _resolve(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):  # JSON has lists, fields of modules tuples
+        return tuple(map(_resolve, value))
     return value

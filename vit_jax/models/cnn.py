@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vit_jax.errors import UserError
 from vit_jax.layers.patch import check_channels
 from vit_jax.typing import Array, Dtype
 
@@ -30,6 +31,14 @@ class CNN(nn.Module):
     def __call__(self, image: Array, *, train: bool = False) -> Array:
         """Args: image, `[B, height, width, channels]`. Returns logits `[B, V]`."""
         del train  # there is nothing that differs
+        if len(self.widths) != len(self.strides):
+            raise UserError(
+                f'CNN needs a stride per width; got {self.widths} and {self.strides}'
+            )
+        if any(width % self.num_groups for width in self.widths):
+            raise UserError(
+                f'num_groups {self.num_groups} does not divide widths {self.widths}'
+            )
         check_channels(self, 'conv0', image.shape[-1])
         x = image
         kernel = (self.kernel_size, self.kernel_size)

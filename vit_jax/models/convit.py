@@ -134,6 +134,8 @@ class ConViT(nn.Module):
             self.num_heads,
             self.mlp_dim,
             layer_norm_eps=self.layer_norm_eps,
+            gelu_variant=self.gelu_variant,
+            attention_impl=self.attention_impl,
             head_init=self.head_init,
             dtype=self.dtype,
             name='head',

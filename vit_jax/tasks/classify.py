@@ -10,7 +10,7 @@ import optax
 from vit_jax.axes import batch_mean, batch_sum
 from vit_jax.losses import softmax_cross_entropy
 from vit_jax.metrics import classification_metrics
-from vit_jax.tasks import TrainState
+from vit_jax.state import TrainState
 from vit_jax.typing import Array, Batch, Metrics, PRNGKey, Shape, Variables
 
 

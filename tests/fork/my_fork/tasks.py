@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.axes import batch_sum
-from vit_jax.tasks import TrainState
+from vit_jax.state import TrainState
 from vit_jax.tasks.classify import init_state, normalize
 
 __all__ = ['eval_step', 'init_state', 'train_step']
