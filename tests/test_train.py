@@ -156,12 +156,13 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path):
     assert_bit_equal(final, final_state(run, tmp_path / 'uninterrupted'))
 
 
-def test_a_finished_run_is_left_as_it_is(uninterrupted):
+def test_a_finished_run_is_left_as_it_is(uninterrupted, capsys):
     run, workdir, result = uninterrupted
     before = (workdir / 'metrics.jsonl').read_bytes()
     start = time.monotonic()
     assert train(run, workdir) == result
     assert time.monotonic() - start < 2
+    assert 'already finished' in capsys.readouterr().err
     assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -44,6 +45,7 @@ def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
     with Checkpoints(workdir, keep=run.checkpoint_keep) as checkpoints:
         # A finished run is left as it is.
         if checkpoints.latest_step() == run.num_steps:
+            print(f'{workdir} holds this run, already finished', file=sys.stderr)
             return _last_evaluation(workdir)
 
         # State and position in the data: the newest checkpoint's, or the beginning.
