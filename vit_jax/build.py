@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from vit_jax.config import ConfigReader, check_unread, flatten
+from vit_jax.config import ConfigReader, check_ranges, check_unread
 from vit_jax.data.datasets import Dataset, load_dataset, pick_eval_split, subsample
 from vit_jax.data.input_pipeline import Shard, eval_batches, train_batches
 from vit_jax.data.transforms import EvalTransform, TrainTransform
@@ -97,7 +97,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
         but that this run does not read.
     """
     c = ConfigReader(config)
-    _check_ranges(config)
+    check_ranges(config)
     parallel = make_parallel(c.parallel.mode)
     batch_size = c.batch_size
     parallel.check_batch_size(batch_size, 'config.batch_size')
@@ -190,48 +190,6 @@ def make_model(
         if key in kwargs:
             raise UserError(f'model.kwargs.{key} is not for the config to set')
     return build_model(name, num_classes, dtype=DTYPES[dtype], **kwargs)
-
-
-# In words, as a predicate, and of which keys. Optional keys may be None too.
-_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    (
-        'above 0',
-        lambda x: x > 0,
-        (
-            'batch_size',
-            'optim.clip_norm',
-            'eval.every_steps',
-            'checkpoint.every_steps',
-            'checkpoint.keep',
-            'log.every_steps',
-        ),
-    ),
-    (
-        '0 or more',
-        lambda x: x >= 0,
-        (
-            'seed',
-            'dataset.num_workers',
-            'augment.pad',
-            'optim.learning_rate',
-            'optim.weight_decay',
-        ),
-    ),
-    (
-        'in (0, 1]',
-        lambda x: 0 < x <= 1,
-        ('dataset.train_fraction', 'dataset.eval_crop', 'augment.min_scale'),
-    ),
-    ('in [0, 1)', lambda x: 0 <= x < 1, ('optim.label_smoothing',)),
-)
-
-
-def _check_ranges(config: ConfigDict) -> None:
-    values = dict(flatten(config))
-    for words, holds, keys in _RANGES:
-        for key in keys:
-            if values[key] is not None and not holds(values[key]):
-                raise UserError(f'config.{key} must be {words}, not {values[key]}')
 
 
 def _image_size(c: ConfigReader, dataset: Dataset) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import absl.flags
@@ -142,6 +142,49 @@ class ConfigReader:
 
     def _was_read(self, key: str) -> bool:
         return any(key == read or key.startswith(f'{read}.') for read in self._read)
+
+
+# In words, as a predicate, and of which keys. Optional keys may be None too.
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        'above 0',
+        lambda x: x > 0,
+        (
+            'batch_size',
+            'optim.clip_norm',
+            'eval.every_steps',
+            'checkpoint.every_steps',
+            'checkpoint.keep',
+            'log.every_steps',
+        ),
+    ),
+    (
+        '0 or more',
+        lambda x: x >= 0,
+        (
+            'seed',
+            'dataset.num_workers',
+            'augment.pad',
+            'optim.learning_rate',
+            'optim.weight_decay',
+        ),
+    ),
+    (
+        'in (0, 1]',
+        lambda x: 0 < x <= 1,
+        ('dataset.train_fraction', 'dataset.eval_crop', 'augment.min_scale'),
+    ),
+    ('in [0, 1)', lambda x: 0 <= x < 1, ('optim.label_smoothing',)),
+)
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Raises UserError for a number that makes no sense in any run."""
+    values = dict(flatten(config))
+    for words, holds, keys in _RANGES:
+        for key in keys:
+            if values[key] is not None and not holds(values[key]):
+                raise UserError(f'config.{key} must be {words}, not {values[key]}')
 
 
 def check_unread(

@@ -1,0 +1,444 @@
+"""`build`: what a config becomes, that every key of it counts, what it refuses."""
+
+import itertools
+import json
+import re
+import sys
+import types
+from contextlib import closing
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+import vit_jax.build
+from vit_jax.build import build
+from vit_jax.config import default_config, flatten, from_dict
+from vit_jax.data.datasets import Dataset
+from vit_jax.errors import UserError
+from vit_jax.models.cnn import CNN
+from vit_jax.summary import count_params
+from vit_jax.tasks import classify
+
+SYNTHETIC = 'synthetic:size=6,channels=3,num_examples=37,num_classes=7'
+
+
+def make_config(**values):
+    """A small CNN; `values` by dotted key."""
+    config = default_config()
+    config.model.name = 'CNN'
+    config.model.kwargs = {'widths': (5,), 'strides': (2,), 'num_groups': 1}
+    config.dataset.name = SYNTHETIC
+    config.batch_size = 8
+    config.num_steps = 3
+    for key, value in values.items():
+        if key == 'model.kwargs':
+            config.model.kwargs = value
+        else:
+            config.update_from_flattened_dict({key: value})
+    return config
+
+
+def make_vit(**values):
+    kwargs = {'width': 8, 'depth': 2, 'mlp_dim': 12, 'num_heads': 2}
+    return make_config(**{'model.name': 'ViT-Ti/2', 'model.kwargs': kwargs, **values})
+
+
+# --- What a config becomes ----------------------------------------------------
+
+
+def test_run_of_a_vit():
+    config = make_vit(**{'dataset.image_size': (4, 10), 'num_steps': 5})
+    run = build(config)
+    assert (run.num_steps, run.batch_size) == (5, 8)
+    assert run.model.num_classes == 7
+    assert run.model.width == 8
+    image = run.batch_shape['image']
+    assert (image.shape, image.dtype) == ((8, 4, 10, 3), np.uint8)
+    params = run.state_shape.variables['params']
+    assert count_params(params['posemb']) == (2 * 5 + 1) * 8
+    assert run.metadata['model'] == {
+        'name': 'ViT-Ti/2',
+        'kwargs': {'width': 8, 'depth': 2, 'mlp_dim': 12, 'num_heads': 2},
+        'num_classes': 7,
+        'dtype': 'float32',
+        'grid': [2, 5],
+        'prefix_tokens': 1,
+    }
+    assert run.metadata['class_names'] == [f'class_{i}' for i in range(7)]
+    assert run.metadata['eval_split'] == 'test'
+    assert run.metadata['preprocessing'] == {
+        'image_size': [4, 10],
+        'channels': 3,
+        'mean': [0.5],
+        'std': [0.5],
+        'crop_fraction': 1.0,
+        'interpolation': 'bicubic',
+    }
+
+
+def test_metadata_is_json_and_holds_the_config():
+    config = make_vit(**{'dataset.image_size': (4, 10)})
+    run = build(config)
+    metadata = json.loads(json.dumps(run.metadata))
+    again = build(from_dict(metadata['config']))
+    assert json.loads(json.dumps(again.metadata)) == metadata
+    assert again.model == run.model
+
+
+@pytest.mark.parametrize(('pool', 'prefix_tokens'), [('cls', 1), ('mean', 0)])
+def test_prefix_tokens_of_the_metadata(pool, prefix_tokens):
+    kwargs = {'width': 8, 'depth': 1, 'mlp_dim': 12, 'num_heads': 2, 'pool': pool}
+    run = build(make_vit(**{'model.kwargs': kwargs}))
+    assert run.metadata['model']['prefix_tokens'] == prefix_tokens
+    assert run.metadata['model']['grid'] == [3, 3]
+
+
+def test_image_size_is_that_of_the_dataset_by_default():
+    run = build(make_config())
+    assert run.batch_shape['image'].shape == (8, 6, 6, 3)
+    assert 'grid' not in run.metadata['model']  # a CNN has none
+
+
+@pytest.mark.parametrize(
+    ('values', 'steps'),
+    [
+        ({'num_steps': 11}, 11),
+        ({'num_epochs': 1.0}, 5),  # 37 / 8 = 4.6
+        ({'num_epochs': 3.0}, 14),  # 13.9
+        ({'num_epochs': 0.3}, 1),  # 1.4
+        # An epoch is the whole split, whatever part of it is used.
+        ({'num_epochs': 3.0, 'dataset.train_fraction': 0.5}, 14),
+        ({'num_epochs': 3.0, 'batch_size': 16}, 7),  # 6.9
+    ],
+)
+def test_number_of_steps(values, steps):
+    config = make_config(**{'num_steps': None, **values})
+    assert build(config).num_steps == steps
+
+
+def test_imagenet_is_planned_without_the_data(tmp_path):
+    config = make_config(
+        **{
+            'dataset.name': 'imagenet2012',
+            'dataset.data_dir': str(tmp_path),
+            'dataset.image_size': (8, 8),
+            'num_steps': None,
+            'num_epochs': 300.0,
+            'batch_size': 512,
+        }
+    )
+    run = build(config)
+    assert run.num_steps == 750_684  # 300 x 1,281,167 / 512
+    assert run.metadata['eval_split'] == 'validation'
+    with pytest.raises(UserError, match=r'imagenet2012.* is not prepared at'):
+        run.train_data(0)
+
+
+def test_pixels_are_normalized():
+    """uint8 0, 51 and 255 with ImageNet's mean and deviation of each channel."""
+    config = make_config(**{'dataset.normalize': 'imagenet'})
+    run = build(config)
+    settings = run.train_step.keywords['settings']
+    image = np.array([0, 51, 255], np.uint8).reshape(1, 1, 3, 1).repeat(3, axis=-1)
+    mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    expected = (np.array([0.0, 0.2, 1.0])[:, None] - mean) / std
+    np.testing.assert_allclose(
+        classify.normalize(image, settings)[0, 0], expected, rtol=1e-5
+    )
+    assert run.eval_step.keywords['settings'] == settings
+    assert run.metadata['preprocessing']['mean'] == [0.485, 0.456, 0.406]
+    assert run.metadata['preprocessing']['std'] == [0.229, 0.224, 0.225]
+
+
+def test_half_maps_pixels_to_minus_one_and_one():
+    settings = build(make_config()).train_step.keywords['settings']
+    image = np.array([0, 255], np.uint8).reshape(1, 1, 2, 1)
+    assert classify.normalize(image, settings).ravel().tolist() == [-1.0, 1.0]
+
+
+def test_data_of_a_run():
+    """The fraction to train on, all to evaluate, each in batches of its own size."""
+    run = build(make_config(**{'dataset.train_fraction': 0.3, 'eval.batch_size': 16}))
+    with closing(run.train_data(0)) as batches:
+        first, *others = itertools.islice(batches, 5)
+    with closing(run.train_data(8)) as batches:
+        second = next(batches)
+    np.testing.assert_array_equal(second['image'], others[0]['image'])
+    assert first['image'].shape == (8, 6, 6, 3)
+    seen = {image.tobytes() for batch in (first, *others) for image in batch['image']}
+    assert len(seen) == 14  # 30% of 6 or 5 examples is 2, of each of 7 classes
+    with closing(run.eval_data()) as batches:
+        weights = [batch['weight'] for batch in batches]
+    assert [len(weight) for weight in weights] == [16, 16, 16]
+    assert sum(map(sum, weights)) == 37
+
+
+# --- Every key counts ---------------------------------------------------------
+
+
+@pytest.fixture
+def fork(monkeypatch):
+    """A fork with a dataset that keeps its data_dir, a model and a task."""
+
+    def make(data_dir, name='one'):
+        splits = {'train': 37, 'test': 13, 'extra': 11}
+        names = tuple('abcdefg')
+        return Dataset(name, str(data_dir), splits, names, (6, 6, 3), lambda s: s)
+
+    module = types.ModuleType('build_fork.things')
+    module.make = make
+    module.other = partial(make, name='other')
+    module.net = partial(CNN, kernel_size=1)
+    monkeypatch.setitem(sys.modules, 'build_fork.things', module)
+    task = types.ModuleType('build_fork.task')
+    task.init_state = classify.init_state
+    task.train_step = classify.train_step
+    task.eval_step = lambda variables, batch, **_: {'loss': (0.0, 1.0)}
+    monkeypatch.setitem(sys.modules, 'build_fork.task', task)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Keys that the last build did not read. What it would read is told instead."""
+    keys = []
+
+    def record(config, unread, named):
+        keys[:] = unread
+
+    def tell(*args, **kwargs):
+        return [*args, sorted(kwargs.items())]
+
+    monkeypatch.setattr(vit_jax.build, 'check_unread', record)
+    for name in ('train_batches', 'eval_batches', 'subsample'):
+        monkeypatch.setattr(vit_jax.build, name, tell)
+    return keys
+
+
+def trace(function, *args):
+    """What a function computes, constants included."""
+    closed = jax.make_jaxpr(function)(*args)
+    consts = [
+        jax.random.key_data(x)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        else x
+        for x in map(jax.numpy.asarray, closed.consts)
+    ]
+    text = re.sub(r'0x[0-9a-f]+', '', str(closed))  # addresses of functions
+    return text, [np.asarray(x).tobytes() for x in consts]
+
+
+def fingerprint(run):
+    """All that a run does and says, but for the config it holds."""
+    variables = run.state_shape.variables
+    return {
+        'init': trace(run.init),
+        'train_step': trace(run.train_step, run.state_shape, run.batch_shape),
+        'eval_step': trace(run.eval_step, variables, run.batch_shape),
+        'train_data': repr(run.train_data(3)),
+        'eval_data': repr(run.eval_data()),
+        'schedule': [float(run.schedule(step)) for step in range(run.num_steps)],
+        'dataset': (run.dataset.name, run.dataset.location),
+        'parallel': run.parallel.mode,
+        'numbers': (
+            run.num_steps,
+            run.batch_size,
+            run.eval_every_steps,
+            run.checkpoint_every_steps,
+            run.checkpoint_keep,
+            run.log_every_steps,
+            run.tensorboard,
+        ),
+        'metadata': {k: v for k, v in run.metadata.items() if k != 'config'},
+    }
+
+
+# Key -> another value, and where need be values of other keys before the change.
+OTHERS = {
+    'seed': 1,
+    'task': 'build_fork.task',
+    'model.name': 'build_fork.things:net',
+    'model.kwargs': {'widths': (7,), 'strides': (2,), 'num_groups': 1},
+    'dataset.name': 'build_fork.things:other',
+    'dataset.data_dir': '/there',
+    'dataset.train_split': 'extra',
+    'dataset.eval_split': 'extra',
+    'dataset.train_fraction': 0.5,
+    'dataset.image_size': (4, 8),
+    'dataset.normalize': 'imagenet',
+    'dataset.eval_crop': 0.5,
+    'dataset.num_workers': 2,
+    'augment.crop': 'pad',
+    'augment.pad': (2, {'augment.crop': 'pad'}),
+    'augment.min_scale': (0.3, {'augment.crop': 'resized'}),
+    'augment.flip': True,
+    'batch_size': 16,
+    'num_steps': 5,
+    'num_epochs': (2.0, {'num_steps': None, 'num_epochs': 1.0}),
+    'optim.name': 'sgd',
+    'optim.learning_rate': 0.1,
+    'optim.weight_decay': 0.1,
+    'optim.clip_norm': 1.0,
+    'optim.schedule': 'constant',
+    'optim.warmup_steps': 2,
+    'optim.label_smoothing': 0.1,
+    'dtype': 'bfloat16',
+    'parallel.mode': 'pmap',
+    'eval.every_steps': 7,
+    'eval.batch_size': 24,
+    'checkpoint.every_steps': 7,
+    'checkpoint.keep': 3,
+    'log.every_steps': 7,
+    'log.tensorboard': False,
+}
+
+
+def test_every_key_is_tried():
+    assert set(OTHERS) == {key for key, _ in flatten(default_config())}
+
+
+@pytest.mark.parametrize('key', OTHERS)
+def test_every_key_counts(key, fork, unread):
+    """It is read, and the run becomes another one."""
+    value, before = OTHERS[key], {}
+    if isinstance(value, tuple) and isinstance(value[1], dict):
+        value, before = value
+    base = {'dataset.name': 'build_fork.things:make', **before}
+    expected = fingerprint(build(make_config(**base)))
+    assert not any(name == key or name.startswith(f'{key}.') for name in unread)
+    if key in ('seed', 'optim.label_smoothing'):  # once each: nothing else differs
+        assert fingerprint(build(make_config(**base))) == expected
+    assert fingerprint(build(make_config(**{**base, key: value}))) != expected
+
+
+@pytest.mark.parametrize(
+    ('values', 'left'),
+    [
+        ({}, {'augment.pad', 'augment.min_scale'}),
+        ({'augment.crop': 'pad'}, {'augment.min_scale'}),
+        ({'augment.crop': 'resized'}, {'augment.pad'}),
+        ({'optim.name': 'sgd', 'augment.crop': 'pad'}, {'augment.min_scale'}),
+    ],
+)
+def test_keys_that_a_run_does_not_read(values, left, unread):
+    build(make_config(**values))
+    assert set(unread) == left
+
+
+# --- What is refused ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'batch_size': 13}, 'batch_size 13 cannot be split over 8 .* can: 8 or 16'),
+        ({'batch_size': 4}, 'batch_size 4 cannot be split over 8 .* can: 8$'),
+        ({'eval.batch_size': 20}, r'eval.batch_size 20 cannot .* can: 16 or 24'),
+        ({'batch_size': 0}, 'config.batch_size must be above 0, not 0'),
+        ({'num_epochs': 1.0}, 'set one of config.num_steps and config.num_epochs, no'),
+        ({'num_steps': None}, 'set one of config.num_steps and config.num_epochs'),
+        ({'num_steps': 0}, 'the run has 0 steps'),
+        ({'num_steps': None, 'num_epochs': 0.01}, 'the run has 0 steps'),
+        (
+            {
+                'dataset.train_split': 'train[:3]',
+                'num_steps': None,
+                'num_epochs': 1.0,
+            },
+            r"split 'train\[:3\]' is not known here; set config.num_steps",
+        ),
+        ({'optim.warmup_steps': 4}, 'warmup_steps 4 must be within num_steps 3'),
+        ({'optim.warmup_steps': -1}, 'warmup_steps -1 must be within num_steps 3'),
+        ({'dataset.image_size': (4,)}, r'must be \(height, width\), not \(4,\)'),
+        ({'dataset.image_size': (4, 0)}, r'must be \(height, width\), not \(4, 0\)'),
+        ({'dataset.image_size': (4, 2.5)}, r'must be \(height, width\)'),
+        ({'dataset.image_size': (4, 6, 3)}, r'must be \(height, width\)'),
+        ({'dataset.normalize': 'imagnet'}, "'imagnet'; did you mean 'imagenet'"),
+        (
+            {
+                'dataset.normalize': 'imagenet',
+                'dataset.name': 'synthetic:channels=1',
+            },
+            "'imagenet' is for images of 3 channels, 'synthetic:channels=1' has 1",
+        ),
+        ({'dataset.eval_split': 'tset'}, "unknown split .*'tset'; .* 'test'"),
+        ({'dataset.train_split': 'trian'}, "unknown split .*'trian'; .* 'train'"),
+        (
+            {'dataset.train_fraction': 1.5},
+            r'fraction must be in \(0, 1\], not 1.5',
+        ),
+        ({'dataset.eval_crop': 0.0}, r'eval_crop must be in \(0, 1\], not 0.0'),
+        ({'augment.min_scale': 2.0}, r'min_scale must be in \(0, 1\], not 2.0'),
+        ({'dataset.num_workers': -1}, 'num_workers must be 0 or more, not -1'),
+        ({'augment.pad': -1}, 'augment.pad must be 0 or more, not -1'),
+        ({'seed': -1}, 'config.seed must be 0 or more, not -1'),
+        ({'optim.learning_rate': -0.1}, 'learning_rate must be 0 or more'),
+        ({'optim.weight_decay': float('nan')}, 'weight_decay must be 0 or more'),
+        ({'optim.clip_norm': 0.0}, 'clip_norm must be above 0, not 0.0'),
+        ({'optim.label_smoothing': 1.0}, r'smoothing must be in \[0, 1\), not 1.0'),
+        ({'eval.every_steps': 0}, 'eval.every_steps must be above 0'),
+        ({'checkpoint.every_steps': 0}, 'checkpoint.every_steps must be above 0'),
+        ({'checkpoint.keep': 0}, 'checkpoint.keep must be above 0'),
+        ({'log.every_steps': -7}, 'log.every_steps must be above 0, not -7'),
+        ({'augment.crop': 'resize'}, "unknown augment.crop 'resize'; .* 'resized'"),
+        ({'optim.name': 'adam'}, "unknown optim.name 'adam'; did you mean 'adamw'"),
+        ({'optim.schedule': 'cosin'}, "unknown optim.schedule 'cosin'; .* 'cosine'"),
+        ({'dtype': 'float16'}, "unknown dtype 'float16'; did you mean 'bfloat16'"),
+        ({'parallel.mode': 'jitt'}, "unknown parallel.mode 'jitt'; .* 'jit'"),
+        ({'task': 'clasify'}, "unknown task 'clasify'; did you mean 'classify'"),
+        ({'task': 'no_fork.task'}, "cannot import 'no_fork.task'"),
+        ({'model.name': 'CNM'}, "unknown model 'CNM'; did you mean 'CNN'"),
+        ({'model.name': 'no_fork.nets:A'}, "cannot import 'no_fork.nets:A'"),
+        ({'model.kwargs': {'width': (3,)}}, "of CNN 'width'; did you mean 'widths'"),
+        ({'model.kwargs': {'kernel_size': 2.5}}, 'kernel_size of CNN is like 3; 2.5'),
+        ({'dataset.name': 'synthetic:sise=3'}, "'sise'; did you mean 'size'"),
+        ({'dataset.name': 'folder:/none'}, 'no such folder: /none'),
+        ({'augment.pad': 7}, 'config.augment.pad is set to 7, but .* not read it'),
+        (
+            {'augment.crop': 'pad', 'augment.min_scale': 0.5},
+            'config.augment.min_scale is set to 0.5, but',
+        ),
+    ],
+)
+def test_values_that_do_not_fit(values, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(make_config(**values))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        (
+            {'dataset.image_size': (8, 9)},
+            'patch 2x2 does not divide the image 8x9',
+        ),
+        (
+            {'model.kwargs': {'width': 8, 'num_heads': 3, 'depth': 1, 'mlp_dim': 4}},
+            'num_heads 3 does not divide the width 8',
+        ),
+    ],
+)
+def test_models_that_do_not_fit_the_images(values, message):
+    with pytest.raises(UserError, match=message):
+        build(make_vit(**values))
+
+
+def test_images_of_all_sizes_need_an_image_size(tmp_path):
+    folder = tmp_path / 'train' / 'cat'
+    folder.mkdir(parents=True)
+    (folder / 'a.png').touch()
+    name = f'folder:{tmp_path}'
+    with pytest.raises(UserError, match=r'differ in size; set dataset\.image_size'):
+        build(make_config(**{'dataset.name': name, 'dataset.eval_split': 'train'}))
+    with pytest.raises(UserError, match=r'no validation, val or test split; set'):
+        build(make_config(**{'dataset.name': name, 'dataset.image_size': (4, 4)}))
+
+
+def test_a_key_that_is_named_must_be_read():
+    """Though its value is the default's."""
+    config = make_config()
+    build(config, named=['augment.crop'])
+    with pytest.raises(UserError, match=r'config\.augment\.pad is set to 4'):
+        build(config, named=['augment.pad'])

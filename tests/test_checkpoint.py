@@ -1,0 +1,269 @@
+import gc
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from vit_jax.checkpoint import (
+    Checkpoints,
+    load_metadata,
+    load_variables,
+    shapes_on,
+)
+from vit_jax.errors import UserError
+from vit_jax.parallel import make_parallel
+from vit_jax.state import TrainState
+
+REPLICATED = make_parallel('jit').replicated
+
+
+def make_state(step):
+    """Odd numbers, in several dtypes; another state for each step."""
+    rng = np.random.default_rng(step)
+    params = {
+        'block': {'kernel': rng.normal(size=(3, 5)).astype(np.float32)},
+        'scale': rng.normal(size=7).astype(jnp.bfloat16),
+    }
+    params['block']['kernel'][0, :3] = [np.nan, -0.0, 1e-42]
+    stats = {'mean': rng.normal(size=11).astype(np.float32), 'count': np.int32(step)}
+    state = TrainState(
+        step=np.int32(step),
+        variables={'params': params, 'batch_stats': stats},
+        opt_state=optax.adam(1e-3).init(params),
+    )
+    return jax.device_put(state, REPLICATED)
+
+
+LIKE = shapes_on(REPLICATED, make_state(0))
+
+
+def save(workdir, *steps, keep=None):
+    with Checkpoints(workdir, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {'position': 10 * step})
+
+
+def restore(workdir, like=LIKE):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_latest(like)
+
+
+def assert_same_bits(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def damage(workdir, step, item, how):
+    """Spoils the files of one item of a checkpoint."""
+    folder = workdir / 'checkpoints' / str(step) / item
+    if how == 'missing':
+        shutil.rmtree(folder)
+        return
+    files = [path for path in folder.rglob('*') if path.is_file()]
+    for path in files:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if how == 'truncated' else b'')
+
+
+# --- Whole checkpoints --------------------------------------------------------
+
+
+def test_what_is_saved_is_restored_bit_by_bit(tmp_path):
+    metadata = {
+        'position': 30,
+        'names': ['a', 'b'],
+        'config': {'rate': 1e-3, 'x': None},
+    }
+    state = make_state(3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, metadata)
+    restored = restore(tmp_path)
+    assert (restored.step, restored.metadata) == (3, metadata)
+    assert_same_bits(restored.state, state)
+    for leaf in jax.tree.leaves(restored.state):
+        assert leaf.sharding == REPLICATED
+
+
+def test_a_restored_state_can_be_trained_on(tmp_path):
+    """The optimizer's state has its own types again, not dicts."""
+    save(tmp_path, 3)
+    state = restore(tmp_path).state
+    tx = optax.adam(1e-3)
+    updates, _ = tx.update(state.variables['params'], state.opt_state)
+    assert jax.tree.structure(updates) == jax.tree.structure(state.variables['params'])
+
+
+def test_the_state_may_change_while_it_is_saved(tmp_path):
+    """What is saved is the state at the time of the call, though it is donated."""
+    state = make_state(3)
+    expected = jax.tree.map(np.asarray, state)
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {})
+        step(state)
+    assert_same_bits(restore(tmp_path).state, expected)
+
+
+def test_the_newest_is_restored_and_only_so_many_are_kept(tmp_path):
+    save(tmp_path, 2, 3, 10, keep=2)
+    kept = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+    assert kept == ['10', '3']
+    restored = restore(tmp_path)
+    assert (restored.step, restored.metadata['position']) == (10, 100)
+    assert_same_bits(restored.state, make_state(10))
+
+
+def test_all_are_kept_by_default(tmp_path):
+    save(tmp_path, 2, 3, 5)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 5
+    assert len(list((tmp_path / 'checkpoints').iterdir())) == 3
+
+
+def test_there_are_none_at_first(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.restore_latest(LIKE) is None
+
+
+def test_a_save_that_was_cut_off_does_not_count(tmp_path):
+    """Orbax gives a checkpoint its name when all of it is written."""
+    save(tmp_path, 3)
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '3', folder / '5.orbax-checkpoint-tmp-1')
+    assert restore(tmp_path).step == 3
+
+
+# --- Damaged ones -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('item', ['variables', 'optimizer', 'metadata'])
+@pytest.mark.parametrize('how', ['truncated', 'empty', 'missing'])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, item, how, caplog):
+    save(tmp_path, 3, 5, 7)
+    damage(tmp_path, 7, item, how)
+    with caplog.at_level(logging.WARNING, logger='vit_jax'):
+        restored = restore(tmp_path)
+    assert restored.step == 5
+    assert_same_bits(restored.state, make_state(5))
+    messages = [r.getMessage() for r in caplog.records if 'vit_jax' in r.name]
+    assert messages[0].startswith('checkpoint 7 cannot be read (')
+    assert messages[1:] == ['going on from checkpoint 5, not 7']
+    # The run computes step 7 again, and can save it.
+    save(tmp_path, 7)
+    assert_same_bits(restore(tmp_path).state, make_state(7))
+
+
+def test_data_that_was_changed_is_noticed(tmp_path):
+    """Every file of the arrays is covered by a checksum."""
+    save(tmp_path, 3, 5)
+    folder = tmp_path / 'checkpoints' / '5' / 'variables'
+    largest = max(folder.rglob('d/*'), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert restore(tmp_path).step == 3
+
+
+def test_when_all_are_damaged_nothing_is_deleted(tmp_path, caplog):
+    save(tmp_path, 3, 5)
+    for step in (3, 5):
+        damage(tmp_path, step, 'variables', 'truncated')
+    with pytest.raises(UserError, match=r'none of the checkpoints \[5, 3\] in .* read'):
+        restore(tmp_path)
+    assert [r.getMessage().split(' (')[0] for r in caplog.records if r.levelno == 30][
+        :2
+    ] == ['checkpoint 5 cannot be read', 'checkpoint 3 cannot be read']
+    names = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+    assert names == {'3', '5'}
+
+
+# --- Parts of checkpoints -----------------------------------------------------
+
+
+def test_metadata_and_variables_of_the_newest(tmp_path):
+    save(tmp_path, 3, 5)
+    step, metadata = load_metadata(tmp_path)
+    assert (step, metadata) == (5, {'position': 50})
+    like = shapes_on(SingleDeviceSharding(jax.devices()[0]), LIKE.variables)
+    variables = load_variables(tmp_path, step, like)
+    assert_same_bits(variables, make_state(5).variables)
+    for leaf in jax.tree.leaves(variables):
+        assert len(leaf.sharding.device_set) == 1
+    assert_same_bits(load_variables(tmp_path, 3, like), make_state(3).variables)
+
+
+def test_reading_leaves_the_folder_as_it_is(tmp_path):
+    save(tmp_path, 3)
+
+    def listing():
+        return sorted(
+            (str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob('*')
+        )
+
+    before = listing()
+    load_metadata(tmp_path)
+    load_variables(tmp_path, 3, LIKE.variables)
+    assert listing() == before
+
+
+def test_folders_without_checkpoints(tmp_path):
+    for path in (tmp_path, tmp_path / 'none'):
+        with pytest.raises(UserError, match=f'{path} is not the workdir of a run'):
+            load_metadata(path)
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(UserError, match='has no finished checkpoint yet'):
+        load_metadata(tmp_path)
+
+
+@pytest.mark.parametrize('how', ['truncated', 'missing'])
+def test_damaged_parts_are_the_users_to_know(tmp_path, how):
+    save(tmp_path, 3)
+    damage(tmp_path, 3, 'metadata', how)
+    damage(tmp_path, 3, 'variables', how)
+    for read in (
+        lambda: load_metadata(tmp_path),
+        lambda: load_variables(tmp_path, 3, LIKE.variables),
+    ):
+        with pytest.raises(UserError, match=r'checkpoint 3 .* cannot be read: ') as e:
+            read()
+        assert '\n' not in str(e.value)
+
+
+def another_shape(variables):
+    params = {**variables['params'], 'scale': jax.ShapeDtypeStruct((5,), jnp.bfloat16)}
+    return {**variables, 'params': params}
+
+
+def another_name(variables):
+    params = dict(variables['params'])
+    params['gate'] = params.pop('scale')
+    return {**variables, 'params': params}
+
+
+def fewer(variables):
+    return {'params': variables['params']}
+
+
+# Orbax leaves its coroutines behind.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('change', [another_shape, another_name, fewer])
+def test_variables_of_another_model(tmp_path, change):
+    save(tmp_path, 3)
+    like = change(LIKE.variables)
+    with pytest.raises(UserError, match=r'checkpoint 3 .* cannot be read'):
+        load_variables(tmp_path, 3, shapes_on(REPLICATED, like))
+    gc.collect()
+
+
+def test_shapes_on():
+    shapes = shapes_on(REPLICATED, {'a': np.zeros((3, 5), np.int32)})
+    expected = jax.ShapeDtypeStruct((3, 5), np.int32, sharding=REPLICATED)
+    assert shapes == {'a': expected}

@@ -1,0 +1,127 @@
+import json
+import sys
+
+import jax
+import pytest
+
+from vit_jax.config import RESUMABLE, default_config, flatten
+from vit_jax.errors import UserError
+from vit_jax.workdir import open_workdir
+
+
+def make_config(**values):
+    config = default_config()
+    config.update_from_flattened_dict(values)
+    return config.to_dict()
+
+
+def start(path, config):
+    """Opens a workdir as a run does that then writes metrics."""
+    open_workdir(path, config)
+    (path / 'metrics.jsonl').touch()
+    (path / 'checkpoints' / '3').mkdir(parents=True, exist_ok=True)
+
+
+def test_a_new_workdir_holds_config_and_launch(tmp_path):
+    path = tmp_path / 'some' / 'where'
+    config = make_config(**{'dataset.image_size': (3, 5)})
+    open_workdir(path, config)
+    held = json.loads((path / 'config.json').read_text())
+    assert held == json.loads(json.dumps(config))
+    assert held['dataset']['image_size'] == [3, 5]
+    (launch,) = map(json.loads, (path / 'launches.jsonl').read_text().splitlines())
+    assert launch['command'] == sys.argv
+    assert launch['versions']['jax'] == jax.__version__
+    assert launch['python'] == '.'.join(map(str, sys.version_info[:3]))
+    assert launch['devices'] == ['cpu'] * 8
+    assert launch['processes'] == 1
+    assert {'vit_jax', 'flax', 'optax', 'grain'} < set(launch['versions'])
+
+
+def test_each_launch_is_noted(tmp_path):
+    config = make_config(**{'dataset.image_size': (3, 5)})
+    for _ in range(3):
+        start(tmp_path, config)
+    launches = (tmp_path / 'launches.jsonl').read_text().splitlines()
+    assert len(launches) == 3
+
+
+def test_a_folder_with_other_things_will_do(tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    open_workdir(tmp_path, make_config())
+    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+
+
+ANOTHER = {
+    bool: lambda x: not x,
+    int: lambda x: x + 1,
+    float: lambda x: x + 0.5,
+    str: lambda x: x + '1',
+    type(None): lambda x: 7,
+}
+
+
+@pytest.mark.parametrize(
+    'key', [k for k, _ in flatten(default_config()) if k != 'model.kwargs']
+)
+def test_another_config_is_refused_unless_the_result_is_the_same(tmp_path, key):
+    """The keys in which a run and its continuation may differ are those listed."""
+    config = make_config()
+    start(tmp_path, config)
+    before = (tmp_path / 'config.json').read_text()
+    *sections, name = key.split('.')
+    section = config
+    for part in sections:
+        section = section[part]
+    value = section[name]
+    section[name] = ANOTHER[type(value)](value)
+    if key in RESUMABLE:
+        open_workdir(tmp_path, config)
+        assert json.loads((tmp_path / 'config.json').read_text()) == config
+        return
+    with pytest.raises(UserError, match=f'holds another run: config.{key} is ') as e:
+        open_workdir(tmp_path, config)
+    assert f'is {value!r} there and {section[name]!r} here' in str(e.value)
+    assert (tmp_path / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize(
+    ('there', 'here'),
+    [({'depth': 3}, {'depth': 5}), ({'depth': 3}, {}), ({}, {'depth': 3})],
+)
+def test_another_model_is_refused(tmp_path, there, here):
+    config = make_config()
+    config['model']['kwargs'] = there
+    start(tmp_path, config)
+    config['model']['kwargs'] = here
+    with pytest.raises(UserError, match=r'another run: config.model.kwargs'):
+        open_workdir(tmp_path, config)
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'metrics.jsonl'])
+def test_results_without_a_config_are_not_touched(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r'holds results but no config\.json'):
+        open_workdir(tmp_path, make_config())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_damaged_config(tmp_path):
+    start(tmp_path, make_config())
+    text = (tmp_path / 'config.json').read_text()
+    (tmp_path / 'config.json').write_text(text[:50])
+    with pytest.raises(UserError, match=r'config\.json is damaged'):
+        open_workdir(tmp_path, make_config())
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / 'file').touch()
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        with pytest.raises(UserError, match=f'cannot write to workdir {path}: '):
+            open_workdir(path, make_config())
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, 'process_index', lambda: 1)
+    open_workdir(tmp_path, make_config())
+    assert list(tmp_path.iterdir()) == []
