@@ -68,6 +68,7 @@ def test_run_of_a_vit():
     }
     assert run.metadata['class_names'] == [f'class_{i}' for i in range(7)]
     assert run.metadata['eval_split'] == 'test'
+    assert run.metadata['num_train_examples'] == 37
     assert run.metadata['preprocessing'] == {
         'image_size': [4, 10],
         'channels': 3,
@@ -338,7 +339,7 @@ def test_keys_that_a_run_does_not_read(values, left, unread):
         ({'batch_size': 0}, 'config.batch_size must be above 0, not 0'),
         ({'num_epochs': 1.0}, 'set one of config.num_steps and config.num_epochs, no'),
         ({'num_steps': None}, 'set one of config.num_steps and config.num_epochs'),
-        ({'num_steps': 0}, 'the run has 0 steps'),
+        ({'num_steps': 0}, 'config.num_steps must be above 0, not 0'),
         ({'num_steps': None, 'num_epochs': 0.01}, 'the run has 0 steps'),
         (
             {
@@ -363,6 +364,11 @@ def test_keys_that_a_run_does_not_read(values, left, unread):
             "'imagenet' is for images of 3 channels, 'synthetic:channels=1' has 1",
         ),
         ({'dataset.eval_split': 'tset'}, "unknown split .*'tset'; .* 'test'"),
+        ({'dataset.eval_split': 'tset[:3]'}, r"unknown split .*'tset\[:3\]'"),
+        (
+            {'model.kwargs': {'widths': (5,), 'strides': (2,), 'kernel_init': print}},
+            "must be plain values .* by its path, 'package.module:name'",
+        ),
         ({'dataset.train_split': 'trian'}, "unknown split .*'trian'; .* 'train'"),
         (
             {'dataset.train_fraction': 1.5},
@@ -372,7 +378,10 @@ def test_keys_that_a_run_does_not_read(values, left, unread):
         ({'augment.min_scale': 2.0}, r'min_scale must be in \(0, 1\], not 2.0'),
         ({'dataset.num_workers': -1}, 'num_workers must be 0 or more, not -1'),
         ({'augment.pad': -1}, 'augment.pad must be 0 or more, not -1'),
-        ({'seed': -1}, 'config.seed must be 0 or more, not -1'),
+        ({'seed': -1}, r'config.seed must be in \[0, 2\*\*32\), not -1'),
+        ({'seed': 2**32}, r'config.seed must be in \[0, 2\*\*32\), not 4294967296'),
+        ({'optim.learning_rate': float('inf')}, 'learning_rate must be 0 or more'),
+        ({'num_steps': None, 'num_epochs': float('inf')}, 'num_epochs must be above 0'),
         ({'optim.learning_rate': -0.1}, 'learning_rate must be 0 or more'),
         ({'optim.weight_decay': float('nan')}, 'weight_decay must be 0 or more'),
         ({'optim.clip_norm': 0.0}, 'clip_norm must be above 0, not 0.0'),
@@ -434,6 +443,21 @@ def test_images_of_all_sizes_need_an_image_size(tmp_path):
         build(make_config(**{'dataset.name': name, 'dataset.eval_split': 'train'}))
     with pytest.raises(UserError, match=r'no validation, val or test split; set'):
         build(make_config(**{'dataset.name': name, 'dataset.image_size': (4, 4)}))
+
+
+def test_splits_without_images(tmp_path):
+    (tmp_path / 'train' / 'cat').mkdir(parents=True)
+    (tmp_path / 'train' / 'cat' / 'a.png').touch()
+    (tmp_path / 'val' / 'cat').mkdir(parents=True)
+    values = {'dataset.name': f'folder:{tmp_path}', 'dataset.image_size': (4, 4)}
+    with pytest.raises(UserError, match="split 'val' of .* has no examples"):
+        build(make_config(**values))
+
+
+@pytest.mark.parametrize('split', ['test[:5]', 'train+test', 'test'])
+def test_splits_as_tfds_writes_them(split):
+    run = build(make_config(**{'dataset.eval_split': split}))
+    assert run.metadata['eval_split'] == split
 
 
 def test_a_key_that_is_named_must_be_read():

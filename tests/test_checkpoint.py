@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from vit_jax.checkpoint import (
     Checkpoints,
     load_metadata,
-    load_variables,
+    restore_variables,
     shapes_on,
 )
 from vit_jax.errors import UserError
@@ -155,7 +155,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, item, how, 
     assert_same_bits(restored.state, make_state(5))
     messages = [r.getMessage() for r in caplog.records if 'vit_jax' in r.name]
     assert messages[0].startswith('checkpoint 7 cannot be read (')
-    assert messages[1:] == ['going on from checkpoint 5, not 7']
+    kept = tmp_path / 'checkpoints' / 'unreadable-7'
+    assert messages[1:] == [f'going on from checkpoint 5; kept {kept}']
+    assert kept.is_dir()
     # The run computes step 7 again, and can save it.
     save(tmp_path, 7)
     assert_same_bits(restore(tmp_path).state, make_state(7))
@@ -193,11 +195,11 @@ def test_metadata_and_variables_of_the_newest(tmp_path):
     step, metadata = load_metadata(tmp_path)
     assert (step, metadata) == (5, {'position': 50})
     like = shapes_on(SingleDeviceSharding(jax.devices()[0]), LIKE.variables)
-    variables = load_variables(tmp_path, step, like)
+    variables = restore_variables(tmp_path, step, like)
     assert_same_bits(variables, make_state(5).variables)
     for leaf in jax.tree.leaves(variables):
         assert len(leaf.sharding.device_set) == 1
-    assert_same_bits(load_variables(tmp_path, 3, like), make_state(3).variables)
+    assert_same_bits(restore_variables(tmp_path, 3, like), make_state(3).variables)
 
 
 def test_reading_leaves_the_folder_as_it_is(tmp_path):
@@ -210,7 +212,7 @@ def test_reading_leaves_the_folder_as_it_is(tmp_path):
 
     before = listing()
     load_metadata(tmp_path)
-    load_variables(tmp_path, 3, LIKE.variables)
+    restore_variables(tmp_path, 3, LIKE.variables)
     assert listing() == before
 
 
@@ -230,7 +232,7 @@ def test_damaged_parts_are_the_users_to_know(tmp_path, how):
     damage(tmp_path, 3, 'variables', how)
     for read in (
         lambda: load_metadata(tmp_path),
-        lambda: load_variables(tmp_path, 3, LIKE.variables),
+        lambda: restore_variables(tmp_path, 3, LIKE.variables),
     ):
         with pytest.raises(UserError, match=r'checkpoint 3 .* cannot be read: ') as e:
             read()
@@ -259,7 +261,7 @@ def test_variables_of_another_model(tmp_path, change):
     save(tmp_path, 3)
     like = change(LIKE.variables)
     with pytest.raises(UserError, match=r'checkpoint 3 .* cannot be read'):
-        load_variables(tmp_path, 3, shapes_on(REPLICATED, like))
+        restore_variables(tmp_path, 3, shapes_on(REPLICATED, like))
     gc.collect()
 
 

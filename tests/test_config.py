@@ -53,8 +53,15 @@ def test_recipes_run(write, variant, seed):
         ('def get_config(:\n', '', 'does not run: SyntaxError'),
         ('import nothing_of_the_kind', '', 'ModuleNotFoundError: No module named'),
         ('def get_config():\n  1 / 0', '', 'ZeroDivisionError: division by zero'),
-        ('def get_config(): pass', '', 'must return a ConfigDict'),
+        ('def get_config(): pass', '', r'must start from default_config\(\)'),
         ('def get_config(): pass', ':small', 'does not run: TypeError'),
+        (
+            'from ml_collections import ConfigDict\n\ndef get_config():\n'
+            '  return ConfigDict({"seed": 3})',
+            '',
+            r'get_config of .*recipe\.py must start from default_config\(\)',
+        ),
+        ('raise SystemExit(3)', '', 'does not run: SystemExit: 3'),
         ('x = 1', '', "does not run: AttributeError.*'get_config'"),
         (
             RECIPE.replace('config.seed', 'config.sede'),

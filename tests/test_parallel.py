@@ -113,7 +113,7 @@ def test_prefetch_keeps_every_batch_in_order():
 )
 def test_a_batch_that_cannot_be_split_is_refused(batch_size, nearest):
     parallel = Parallel('jit', tuple(jax.devices()))
-    with pytest.raises(UserError, match=f'{batch_size} .* 8 devices.*: {nearest}$'):
+    with pytest.raises(UserError, match=f'{batch_size} .* 8 device.*: {nearest}$'):
         parallel.check_batch_size(batch_size, 'config.batch_size')
 
 

@@ -206,9 +206,7 @@ def test_the_workdir_says_what_ran(uninterrupted):
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
     overrides = {'optim.learning_rate': 1e38, 'optim.warmup_steps': 5}
     run = build(small_config(**overrides))
-    with pytest.raises(
-        UserError, match=r'the loss is (nan|inf) at step (\d+)'
-    ) as error:
+    with pytest.raises(UserError, match=r'\w+ is (nan|inf) at step (\d+)') as error:
         train(run, tmp_path)
     step = int(str(error.value).split('at step ')[1].split()[0])
     saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
@@ -234,3 +232,44 @@ def test_a_model_learns(tmp_path):
     config.augment.crop = 'none'
     config.augment.pad = default_config().augment.pad
     assert train(build(config), tmp_path)['accuracy'] > 0.9
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
+    def poisoned(state, batch):
+        state, metrics = run.train_step(state, batch)
+        bad = jax.tree.map(lambda x: x * np.nan, state.variables)
+        return state.replace(variables=bad), {**metrics, 'grad_norm': (np.nan, 1.0)}
+
+    run = build(small_config(**{'checkpoint.every_steps': 1}))
+    with pytest.raises(UserError, match='grad_norm is nan at step 1 '):
+        train(dataclasses.replace(run, train_step=poisoned), tmp_path)
+    assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
+def test_a_run_that_saved_nothing_does_not_hold_its_workdir(tmp_path):
+    with pytest.raises(UserError, match='not finite'):
+        train(build(small_config(**{'optim.learning_rate': 1e38})), tmp_path)
+    train(build(small_config()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'), [('class_names', ['b', 'a', 'c']), ('num_train_examples', 36)]
+)
+def test_other_data_is_refused(uninterrupted, tmp_path, key, value):
+    run, _, _ = uninterrupted
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupt(run, 7), tmp_path)
+    metadata = {**run.metadata, key: value}
+    with pytest.raises(UserError, match=f'begun with {key}'):
+        train(dataclasses.replace(run, metadata=metadata), tmp_path)
+
+
+def test_missing_evaluation_data_is_found_before_the_first_step(tmp_path):
+    run = build(small_config())
+
+    def missing():
+        raise UserError('not there')
+
+    with pytest.raises(UserError, match='not there'):
+        train(dataclasses.replace(run, eval_data=missing), tmp_path)
+    assert not read_metrics(tmp_path)

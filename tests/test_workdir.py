@@ -98,20 +98,28 @@ def test_another_model_is_refused(tmp_path, there, here):
         open_workdir(tmp_path, config)
 
 
-@pytest.mark.parametrize('name', ['checkpoints', 'metrics.jsonl'])
-def test_results_without_a_config_are_not_touched(tmp_path, name):
-    (tmp_path / name).mkdir()
+def test_results_without_a_config_are_not_touched(tmp_path):
+    (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
     with pytest.raises(UserError, match=r'holds results but no config\.json'):
         open_workdir(tmp_path, make_config())
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
+
+
+def test_a_run_that_saved_nothing_can_be_started_anew(tmp_path):
+    """It failed for want of data, say, and is mended by another config."""
+    open_workdir(tmp_path, make_config(seed=3))
+    (tmp_path / 'checkpoints').mkdir()
+    open_workdir(tmp_path, make_config(seed=5))
+    assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 5
 
 
 def test_a_damaged_config(tmp_path):
     start(tmp_path, make_config())
     text = (tmp_path / 'config.json').read_text()
-    (tmp_path / 'config.json').write_text(text[:50])
-    with pytest.raises(UserError, match=r'config\.json is damaged'):
-        open_workdir(tmp_path, make_config())
+    for damaged in (text[:50], '', '[]'):
+        (tmp_path / 'config.json').write_text(damaged)
+        with pytest.raises(UserError, match=r'config\.json is damaged'):
+            open_workdir(tmp_path, make_config())
 
 
 def test_a_file_in_the_way(tmp_path):

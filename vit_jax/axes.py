@@ -30,8 +30,15 @@ def batch_sum(tree: Any) -> Any:
 
 
 def batch_mean(tree: Any) -> Any:
-    """Averages each leaf over the devices that share the batch."""
-    return jax.lax.pmean(tree, BATCH_AXIS) if batch_axis() else tree
+    """Averages each leaf over the devices that share the batch; integers stay."""
+    if not batch_axis():
+        return tree
+
+    def mean(x: Array) -> Array:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.lax.pmean(x, BATCH_AXIS) if floating else x
+
+    return jax.tree.map(mean, tree)
 
 
 def example_keys(rng: PRNGKey, num_rows: int) -> Array:

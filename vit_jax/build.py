@@ -4,6 +4,7 @@ All that trains, evaluates or looks at an experiment takes a `Run`.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -98,6 +99,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
     """
     c = ConfigReader(config)
     check_ranges(config)
+    _check_json(config)
     parallel = make_parallel(c.parallel.mode)
     batch_size = c.batch_size
     parallel.check_batch_size(batch_size, 'config.batch_size')
@@ -161,6 +163,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
             'dataset': dataset.name,
             'eval_split': c.dataset.eval_split or pick_eval_split(dataset),
             'class_names': list(dataset.class_names),
+            'num_train_examples': dataset.splits.get(c.dataset.train_split),
             'preprocessing': {
                 'image_size': list(image_size),
                 'channels': image_shape[2],
@@ -190,6 +193,17 @@ def make_model(
         if key in kwargs:
             raise UserError(f'model.kwargs.{key} is not for the config to set')
     return build_model(name, num_classes, dtype=DTYPES[dtype], **kwargs)
+
+
+def _check_json(config: ConfigDict) -> None:
+    """Raises UserError for values that a workdir could not store."""
+    try:
+        json.dumps(config.copy_and_resolve_references().to_dict())
+    except TypeError as error:
+        raise UserError(
+            f'the config must be plain values ({error}); name a function or class by '
+            "its path, 'package.module:name'"
+        ) from error
 
 
 def _image_size(c: ConfigReader, dataset: Dataset) -> tuple[int, int]:
@@ -260,9 +274,11 @@ def _eval_data(
 
 def _check_split(dataset: Dataset, split: str) -> None:
     """Raises UserError now, not when the split is first opened, after many steps."""
-    is_plain = split.isidentifier()  # not TFDS's notation, 'test[:10%]'
-    if dataset.splits and is_plain and split not in dataset.splits:
+    name = split.partition('[')[0]  # TFDS knows 'test[:10%]' too
+    if dataset.splits and name not in dataset.splits and '+' not in name:
         raise unknown(f'split of {dataset.name}', split, dataset.splits)
+    if dataset.splits.get(split) == 0:
+        raise UserError(f'split {split!r} of {dataset.name!r} has no examples')
 
 
 def _num_steps(c: ConfigReader, dataset: Dataset) -> int:

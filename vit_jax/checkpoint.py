@@ -90,8 +90,12 @@ class Checkpoints:
                 log.warning('checkpoint %d cannot be read (%s)', step, _reason(error))
                 continue
             for damaged in steps[: steps.index(step)]:
-                self._manager.delete(damaged)
-                log.warning('going on from checkpoint %d, not %d', step, damaged)
+                # Out of the way but not lost: the fault may be in the file system.
+                target = self._folder / f'unreadable-{damaged}'
+                (self._folder / str(damaged)).rename(target)
+                log.warning('going on from checkpoint %d; kept %s', step, target)
+            if steps[0] != step:
+                self._manager.reload()
             state = TrainState(variables=restored.variables, **restored.optimizer)
             return Restored(step, state, restored.metadata)
         if steps:
@@ -100,6 +104,10 @@ class Checkpoints:
                 'read; move the folder away to start anew'
             )
         return None
+
+    def load_metadata(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return self.load(step, 'metadata', ocp.args.JsonRestore())
 
     def load(self, step: int, item: str, how: Any) -> Any:
         """One item of one checkpoint.
@@ -132,10 +140,10 @@ def load_metadata(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
         step = checkpoints.latest_step()
         if step is None:
             raise UserError(f'{workdir} has no finished checkpoint yet')
-        return step, checkpoints.load(step, 'metadata', ocp.args.JsonRestore())
+        return step, checkpoints.load_metadata(step)
 
 
-def load_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variables:
+def restore_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variables:
     """The model's variables of one checkpoint.
 
     Args:

@@ -148,9 +148,12 @@ class ConfigReader:
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         'above 0',
-        lambda x: x > 0,
+        lambda x: 0 < x < float('inf'),
         (
             'batch_size',
+            'num_steps',
+            'num_epochs',
+            'eval.batch_size',
             'optim.clip_norm',
             'eval.every_steps',
             'checkpoint.every_steps',
@@ -160,9 +163,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ),
     (
         '0 or more',
-        lambda x: x >= 0,
+        lambda x: 0 <= x < float('inf'),
         (
-            'seed',
             'dataset.num_workers',
             'augment.pad',
             'optim.learning_rate',
@@ -175,6 +177,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         ('dataset.train_fraction', 'dataset.eval_crop', 'augment.min_scale'),
     ),
     ('in [0, 1)', lambda x: 0 <= x < 1, ('optim.label_smoothing',)),
+    ('in [0, 2**32)', lambda x: 0 <= x < 2**32, ('seed',)),
 )
 
 
@@ -228,10 +231,10 @@ def load_config(path: str) -> ConfigDict:
         config = module.get_config(*filter(None, [variant]))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f'{path} does not run: {_one_line(error)}') from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f'get_config of {file} must return a ConfigDict')
+    if not isinstance(config, ConfigDict) or not set(default_config()) <= set(config):
+        raise UserError(f'get_config of {file} must start from default_config()')
     return config.lock()
 
 
@@ -295,7 +298,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return flags.config.lock()
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     # ml_collections wraps a KeyError, which shows its message as a literal, and
     # prints all the keys there are.
     cause = error.args[0] if error.args else error

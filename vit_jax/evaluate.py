@@ -25,8 +25,10 @@ def evaluate(
     """
     eval_step = eval_step or run.parallel.eval_step(run.eval_step)
     with closing(run.eval_data()) as data:
-        # Steps are queued; the pairs are fetched when all are under way.
-        pairs = [eval_step(variables, batch) for batch in run.parallel.prefetch(data)]
+        pairs = []
+        for batch in run.parallel.prefetch(data):
+            pairs.append(eval_step(variables, batch))
+            jax.block_until_ready(pairs[-3:-2])  # two batches ahead, as in training
     pairs = jax.device_get(pairs)
     examples = sum(float(batch['loss'][1]) for batch in pairs)
     return {**metrics.mean(pairs), 'examples': round(examples)}

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     # A fork's modules are found from where the user is, as with `python -m`.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         if argv[0] not in COMMANDS:
             raise unknown('command', argv[0], COMMANDS)

@@ -39,7 +39,9 @@ class Parallel:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(np.asarray(self.devices), ('data',), axis_types=(AxisType.Auto,))
+        return Mesh(
+            np.asarray(self.devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,)
+        )
 
     @property
     def replicated(self) -> NamedSharding:
@@ -50,9 +52,9 @@ class Parallel:
         count = len(self.devices)
         if batch_size <= 0 or batch_size % count:
             below = batch_size // count * count
-            near = [str(n) for n in (below, below + count) if n > 0]
+            near = [str(n) for n in (below, below + count) if n > 0] or [str(count)]
             raise UserError(
-                f'{key} {batch_size} cannot be split over {count} devices; '
+                f'{key} {batch_size} cannot be split over {count} device(s); '
                 f'the nearest that can: {" or ".join(near)}'
             )
 
@@ -86,7 +88,7 @@ class Parallel:
             here = jax.process_index()
             local = sum(device.process_index == here for device in self.devices)
             batch = {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
-        sharding = NamedSharding(self.mesh, PartitionSpec('data'))
+        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXIS))
         return {
             k: jax.make_array_from_process_local_data(sharding, v)
             for k, v in batch.items()

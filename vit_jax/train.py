@@ -1,5 +1,6 @@
 """Training, from a `Run` to a workdir with its result: read it downwards."""
 
+import json
 import os
 import pathlib
 import sys
@@ -41,12 +42,14 @@ def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
     """
     workdir = pathlib.Path(workdir)
     open_workdir(workdir, run.metadata['config'])
+    run.eval_data().close()  # data that is not there is missed now, not at the end
 
     with Checkpoints(workdir, keep=run.checkpoint_keep) as checkpoints:
         # A finished run is left as it is.
         if checkpoints.latest_step() == run.num_steps:
             print(f'{workdir} holds this run, already finished', file=sys.stderr)
             return _last_evaluation(workdir)
+        _check_continues(run, checkpoints)
 
         # State and position in the data: the newest checkpoint's, or the beginning.
         like = shapes_on(run.parallel.replicated, run.state_shape)
@@ -75,7 +78,8 @@ def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
                 pending.append(step_metrics)
                 # The host may run two steps ahead of the device, not more: batches
                 # in flight take memory.
-                jax.block_until_ready(pending[-3:-2])
+                two_steps_ago = pending[-3:-2]
+                jax.block_until_ready(two_steps_ago)
                 progress.advance()
                 if step == start + 1:
                     jax.block_until_ready(step_metrics)
@@ -92,13 +96,18 @@ def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
 
                 if step % run.eval_every_steps == 0 or step == run.num_steps:
                     result = evaluate(run, state.variables, eval_step)
+                    if not np.isfinite(result['loss']):
+                        raise UserError(
+                            f'the loss of the evaluation is {result["loss"]} after '
+                            f'step {step}; what was saved before is kept'
+                        )
                     writer.write(step, _prefix('eval', result))
                     progress.say(f'step {step}  evaluation: {format_metrics(result)}')
                     clock = Clock()
 
                 # Last, so that all metrics up to a checkpoint's step are written.
                 if step % run.checkpoint_every_steps == 0 or step == run.num_steps:
-                    _fetch(pending, step, state)  # what is not finite is not saved
+                    _fetch(pending, step, state)  # raises if a step was not finite
                     position = step * run.batch_size
                     checkpoints.save(
                         step, state, {**run.metadata, 'position': position}
@@ -136,18 +145,41 @@ class Clock:
         }
 
 
+def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
+    """Raises UserError if the data or the model is not that of the checkpoint."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return
+    try:
+        there = checkpoints.load_metadata(step)
+    except UserError:
+        return  # a damaged checkpoint is not gone on from
+    here = json.loads(json.dumps(run.metadata))
+    for key in ('model', 'class_names', 'num_train_examples'):
+        if there[key] != here[key]:
+            raise UserError(
+                f'the run was begun with {key} {there[key]}, now it is {here[key]}; '
+                'choose another --workdir'
+            )
+    if step > run.num_steps:
+        raise UserError(
+            f'the workdir is at step {step}, past the {run.num_steps} of this run'
+        )
+
+
 def _fetch(
     pending: Sequence[Metrics], step: int, state: TrainState
 ) -> dict[str, float]:
     """The mean of the metrics of the steps up to `step`.
 
     Raises:
-      UserError: when a loss was not finite; names the first such step.
+      UserError: when a metric, the gradient's norm among them, was not finite;
+        names the first such step.
     """
     fetched = jax.device_get(pending)
     for i, pairs in enumerate(fetched):
-        loss = pairs['loss'][0]
-        if not np.isfinite(loss):
+        bad = [name for name, (total, _) in pairs.items() if not np.isfinite(total)]
+        if bad:
             params = state.variables['params']
             leaf = next(
                 (
@@ -158,9 +190,10 @@ def _fetch(
                 'none yet',
             )
             raise UserError(
-                f'the loss is {loss} at step {step - len(fetched) + 1 + i} (first '
-                f'parameter that is not finite: {leaf}); the last checkpoint is kept. '
-                'Try a lower learning rate, a longer warm-up or optim.clip_norm'
+                f'{bad[0]} is {pairs[bad[0]][0]} at step '
+                f'{step - len(fetched) + 1 + i} (first parameter that is not finite: '
+                f'{leaf}); what was saved before is kept. Try a lower learning rate, '
+                'a longer warm-up or optim.clip_norm'
             )
     return metrics.mean(fetched)
 

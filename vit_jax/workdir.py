@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import sys
 import time
@@ -30,17 +31,18 @@ def open_workdir(path: pathlib.Path, config: dict[str, Any]) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        config = json.loads(json.dumps(config))
         held = _read_config(path)
-        if held is None:
-            if (path / 'checkpoints').exists() or (path / 'metrics.jsonl').exists():
+        if any((path / 'checkpoints').glob('*')):  # something to protect
+            if held is None:
                 raise UserError(
                     f'{path} holds results but no config.json; choose another --workdir'
                 )
-        else:
-            _check_same(path, held, json.loads(json.dumps(config)))
+            _check_same(path, held, config)
         if jax.process_index() == 0:
-            text = json.dumps(config, indent=2) + '\n'
-            (path / 'config.json').write_text(text)
+            temporary = path / 'config.tmp'
+            temporary.write_text(json.dumps(config, indent=2) + '\n')
+            os.replace(temporary, path / 'config.json')
             with (path / 'launches.jsonl').open('a') as file:
                 file.write(json.dumps(_environment()) + '\n')
     except OSError as error:
@@ -52,9 +54,12 @@ def _read_config(path: pathlib.Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f'{file} is damaged: {error}') from error
+    if not isinstance(config, dict):
+        raise UserError(f'{file} is damaged: it holds no config')
+    return config
 
 
 def _check_same(path: pathlib.Path, held: dict, config: dict) -> None:
@@ -72,7 +77,14 @@ def _environment() -> dict[str, Any]:
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
         'command': sys.argv,
         'python': sys.version.split()[0],
-        'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
+        'versions': {name: _version(name) for name in _PACKAGES},
         'devices': [str(device.device_kind) for device in jax.devices()],
         'processes': jax.process_count(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        return None

@@ -256,10 +256,17 @@ def test_hidden_files_are_left_out(tmp_path):
     assert dataset.class_names == ('a',)
 
 
-def test_files_beside_the_splits_are_fine(tmp_path):
-    name = make_folder(tmp_path, ['train/a/1.png'])
+def test_other_things_beside_the_splits_are_fine(tmp_path):
+    name = make_folder(tmp_path, ['train/a/1.png', 'annotations/a/1.png'])
     (tmp_path / 'README.md').write_text('about the images')
     assert load_dataset(name).splits == {'train': 1}
+
+
+@pytest.mark.parametrize('split', ['validation', 'val', 'test'])
+def test_splits_of_folders_to_evaluate(tmp_path, split):
+    dataset = load_dataset(make_folder(tmp_path, ['train/a/1.png', f'{split}/a/1.png']))
+    assert pick_eval_split(dataset) == split
+    assert len(dataset.open(split)) == 1
 
 
 @pytest.mark.parametrize(
@@ -269,6 +276,7 @@ def test_files_beside_the_splits_are_fine(tmp_path):
         ('train/cat/notes.txt', r'train/cat/notes\.txt is not an image .*\.webp'),
         ('val/cat/1.tiff', r'val/cat/1\.tiff is not an image'),
         ('train/cat/more/1.png', r'train/cat/more is not an image'),
+        ('train/cat/more.png/1.png', r'train/cat/more\.png is not an image'),
         ('train/stray.png', r'train/stray\.png is not in the folder of a class'),
         ('train/empty/', r'train/empty is a class without images'),
     ],
@@ -369,16 +377,16 @@ def test_synthetic_has_two_splits():
 
 
 def test_dataset_by_dotted_path(tmp_path, monkeypatch):
-    (tmp_path / 'my_fork').mkdir()
-    (tmp_path / 'my_fork' / 'data.py').write_text(
+    (tmp_path / 'fork_of_data').mkdir()
+    (tmp_path / 'fork_of_data' / 'data.py').write_text(
         'def make(data_dir):\n    return f"made from {data_dir}"\n'
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_dataset('my_fork.data:make', '/there') == 'made from /there'
-    with pytest.raises(UserError, match=r"'my_fork\.data' has no 'mkae'"):
-        load_dataset('my_fork.data:mkae')
-    with pytest.raises(UserError, match=r"cannot import 'my_frok\.data:make'"):
-        load_dataset('my_frok.data:make')
+    assert load_dataset('fork_of_data.data:make', '/there') == 'made from /there'
+    with pytest.raises(UserError, match=r"'fork_of_data\.data' has no 'mkae'"):
+        load_dataset('fork_of_data.data:mkae')
+    with pytest.raises(UserError, match=r"cannot import 'frok_of_data\.data:make'"):
+        load_dataset('frok_of_data.data:make')
 
 
 # --- Choices ------------------------------------------------------------------
@@ -395,6 +403,14 @@ def test_dataset_by_dotted_path(tmp_path, monkeypatch):
 def test_pick_eval_split(splits, picked):
     dataset = Dataset('x', '', dict.fromkeys(splits, 3), ('a',), (2, 3, 1), None)
     assert pick_eval_split(dataset) == picked
+
+
+def test_no_splits_to_pick_from(tmp_path):
+    """Nothing is known of the splits of a dataset that is not prepared."""
+    dataset = load_dataset('mnist', str(tmp_path))
+    assert dataset.splits == {}
+    with pytest.raises(UserError, match="'mnist' is not prepared at"):
+        pick_eval_split(dataset)
 
 
 def test_no_eval_split_to_pick():

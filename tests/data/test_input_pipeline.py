@@ -1,4 +1,5 @@
 import itertools
+import os
 import re
 from contextlib import closing
 
@@ -112,11 +113,23 @@ def test_shards_are_rows_of_the_global_batch(count, start):
         assert rows([batch]) == rows(local)
 
 
+class Told:
+    """Augments, and tells in which process."""
+
+    augment = TrainTransform((2, 3), 1, crop='pad', pad=1, flip=True)
+
+    def __call__(self, example, rng):
+        return {**self.augment(example, rng), 'process': np.int64(os.getpid())}
+
+
 def test_workers_change_nothing():
     """Here in the middle of an epoch, of one shard of two."""
-    transform = TrainTransform((2, 3), 1, crop='pad', pad=1, flip=True)
-    kwargs = {'transform': transform, 'start': 3, 'shard': Shard(1, 2)}
+    kwargs = {'transform': Told(), 'start': 3, 'shard': Shard(1, 2)}
     here, there = (take(5, num_workers=n, **kwargs) for n in (0, 2))
+    assert set(column(here, 'process')) == {os.getpid()}
+    workers = set(column(there, 'process'))
+    assert len(workers) == 2
+    assert os.getpid() not in workers
     for key in ('image', 'label', 'weight'):
         np.testing.assert_array_equal(column(here, key), column(there, key))
 
@@ -175,6 +188,7 @@ def test_every_example_is_evaluated_once(batch_size, count):
     label, weight = column(whole), column(whole, 'weight')
     assert label[:SIZE].tolist() == list(range(SIZE))
     assert weight.tolist() == [1.0] * SIZE + [0.0] * (len(weight) - SIZE)
+    assert set(label[SIZE:]) <= {0}  # the first example again
     for image, i in zip(column(whole, 'image')[:SIZE], range(SIZE)):
         np.testing.assert_array_equal(image, NUMBERS[i]['image'])
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
 
     options.quiet()
     from vit_jax.build import build
-    from vit_jax.checkpoint import load_metadata, load_variables, shapes_on
+    from vit_jax.checkpoint import load_metadata, restore_variables, shapes_on
     from vit_jax.config import from_dict, override
     from vit_jax.evaluate import evaluate
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     run = build(config, named=options.keys(overrides))
     _check_model(workdir, metadata, json.loads(json.dumps(run.metadata)))
     like = shapes_on(run.parallel.replicated, run.state_shape.variables)
-    variables = load_variables(workdir, step, like)
+    variables = restore_variables(workdir, step, like)
     about = {'dataset': run.dataset.name, 'split': run.metadata['eval_split']}
     print(json.dumps({**about, 'step': step, **evaluate(run, variables)}))
 

@@ -106,5 +106,4 @@ def quiet() -> None:
 
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     logging.getLogger('absl').setLevel(logging.ERROR)
-    logging.getLogger('jax').setLevel(logging.ERROR)
     logging.basicConfig(format='vit_jax: %(message)s', level=logging.WARNING)

@@ -73,7 +73,7 @@ def _load_classifier(
     from jax.sharding import SingleDeviceSharding
 
     from vit_jax.build import make_model
-    from vit_jax.checkpoint import load_variables, shapes_on
+    from vit_jax.checkpoint import restore_variables, shapes_on
     from vit_jax.tasks.classify import Settings, normalize
     from vit_jax.typing import Array
 
@@ -84,15 +84,15 @@ def _load_classifier(
     shape = (1, *preprocessing['image_size'], preprocessing['channels'])
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
     sharding = SingleDeviceSharding(jax.local_devices()[0])
-    variables = load_variables(workdir, step, shapes_on(sharding, like))
+    variables = restore_variables(workdir, step, shapes_on(sharding, like))
     settings = Settings(tuple(preprocessing['mean']), tuple(preprocessing['std']))
 
     @jax.jit
-    def classify(images):
+    def classify(variables, images):
         logits: Array = model.apply(variables, normalize(images, settings))  # type: ignore
         return jax.nn.softmax(logits)
 
-    return lambda images: np.asarray(classify(images))
+    return lambda images: np.asarray(classify(variables, images))
 
 
 def _print(image: str, best: list[tuple[str, float]], as_json: bool) -> None:

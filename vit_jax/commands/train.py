@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from vit_jax.commands import options
+from vit_jax.errors import UserError
 
 EPILOG = f"""\
 {options.CONFIG_HELP}
@@ -20,6 +21,8 @@ def main(argv: Sequence[str]) -> None:
     options.add_config(parser)
     parser.add_argument('--workdir', required=True, help='folder of the run')
     args, overrides = options.parse(parser, argv)
+    if not args.workdir:
+        raise UserError('--workdir is empty; name the folder of the run')
     config = options.read_config(args.config, overrides)
 
     options.quiet()

@@ -18,6 +18,7 @@ import numpy as np
 from vit_jax.errors import UserError, unknown
 from vit_jax.forks import import_path, is_path
 
+_FOLDER_SPLITS = ('train', 'validation', 'val', 'test')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 
 # Splits of datasets that are often planned for (`summarize`, schedules) on machines
@@ -88,6 +89,8 @@ def pick_eval_split(dataset: Dataset) -> str:
     for split in ('validation', 'val', 'test'):
         if split in dataset.splits:
             return split
+    if not dataset.splits:
+        dataset.open('test')  # raises, and says what is missing
     raise UserError(
         f'dataset {dataset.name!r} has no validation, val or test split; set '
         f'dataset.eval_split to one of: {", ".join(dataset.splits)}'
@@ -270,7 +273,7 @@ def _folder(name: str, root: pathlib.Path) -> Dataset:
         raise UserError(
             f'{root} has no folder train/ with a folder of images per class'
         )
-    splits = {p.name: p for p in sorted(root.iterdir()) if _is_visible_dir(p)}
+    splits = {name: root / name for name in _FOLDER_SPLITS if (root / name).is_dir()}
     class_names = tuple(sorted(p.name for p in train.iterdir() if _is_visible_dir(p)))
     if not class_names:
         raise UserError(f'{train} has no folders; it needs one per class')
@@ -306,6 +309,7 @@ def _scan(
             raise UserError(f'{folder} is not in the folder of a class')
         if folder.name not in class_names:
             raise UserError(f'{folder} is a class that the train split does not have')
+        label = class_names.index(folder.name)
         files = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
         for path in files:
             if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
@@ -314,7 +318,7 @@ def _scan(
                     'take it out of the dataset'
                 )
             paths.append(str(path))
-            labels.append(class_names.index(folder.name))
+            labels.append(label)
         if complete and not files:
             raise UserError(f'{folder} is a class without images')
     return _FolderSource(paths, np.asarray(labels, np.int32))

@@ -12,11 +12,13 @@ import math
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vit_jax.errors import UserError, times, unknown
 
 CROPS = ('none', 'pad', 'resized')
+
+_FORMATS = ('JPEG', 'PNG', 'WEBP')
 
 # Pillow's image mode for a number of channels.
 _MODES = {1: 'L', 3: 'RGB'}
@@ -43,20 +45,14 @@ def decode_image(
     if isinstance(data, np.ndarray):
         return data
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         found = 1 if image.mode in _GREY_MODES else 3
         if image.mode.startswith('I'):  # 16 bits, which `convert` would clip
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             pixels = np.asarray(Image.fromarray(grey).convert(_MODES[channels]))
         else:
             pixels = np.asarray(image.convert(_MODES[channels]))
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).split(' <')[0]  # without the address of the buffer
         raise UserError(f'{name} cannot be decoded: {reason}') from error
     if found != channels and not convert:
@@ -102,7 +98,8 @@ def center_crop(
     """
     h, w = image.shape[:2]
     scale = fraction * min(h / size[0], w / size[1])
-    height, width = size[0] * scale, size[1] * scale
+    # Rounding must not let the part stick out of the image.
+    height, width = min(size[0] * scale, h), min(size[1] * scale, w)
     return resize_box(image, ((h - height) / 2, (w - width) / 2, height, width), size)
 
 

@@ -140,8 +140,8 @@ def _chunked(
 ) -> Array:
     """Attention by blocks of queries; the backward pass recomputes each block."""
     length = query.shape[1]
-    block = min(_QUERY_BLOCK, length)
-    num_blocks = -(-length // block)
+    num_blocks = -(-length // _QUERY_BLOCK)
+    block = -(-length // num_blocks)  # blocks of one size, with little to fill up
 
     def split(x: Array, axis: int) -> Array:
         """Cuts the query axis into blocks (zeros fill the last) and puts them first."""

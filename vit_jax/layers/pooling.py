@@ -22,7 +22,9 @@ class ClassToken(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Args: x, `[B, T, D]`. Returns `[B, 1 + T, D]`."""
-        token = self.param('cls', self.token_init, (1, 1, x.shape[-1])).astype(x.dtype)
+        token = self.param(
+            'cls', self.token_init, (1, 1, x.shape[-1]), jnp.float32
+        ).astype(x.dtype)
         return jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
 
 
@@ -52,7 +54,9 @@ class AttentionPool(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x, `[B, T, D]`. Returns `[B, D]`."""
         init = nn.initializers.xavier_uniform()
-        probe = self.param('probe', init, (1, 1, x.shape[-1])).astype(x.dtype)
+        probe = self.param('probe', init, (1, 1, x.shape[-1]), jnp.float32).astype(
+            x.dtype
+        )
         probe = jnp.tile(probe, (x.shape[0], 1, 1))
         attention = MultiHeadAttention(
             self.num_heads, impl=self.attention_impl, dtype=self.dtype, name='attention'

@@ -104,10 +104,14 @@ class PositionEmbedding(nn.Module):
             return x
         if self.kind == 'learned':
             self._check_grid(grid)
-            learned = self.param('grid', self.embedding_init, (*grid, width))
+            learned = self.param(
+                'grid', self.embedding_init, (*grid, width), jnp.float32
+            )
             learned = learned.reshape(-1, width)
             if num_prefix:
-                prefix = self.param('prefix', self.embedding_init, (num_prefix, width))
+                prefix = self.param(
+                    'prefix', self.embedding_init, (num_prefix, width), jnp.float32
+                )
                 learned = jnp.concatenate([prefix, learned])
             return x + learned.astype(x.dtype)
         if self.kind == 'sincos1d':

@@ -303,8 +303,12 @@ class GPSA(nn.Module):
             for name, init in inits.items()
         )
         kernel = self.param('position_kernel', self._init_position)
-        bias = self.param('position_bias', nn.initializers.zeros, (self.num_heads,))
-        gating = self.param('gating', nn.initializers.ones, (self.num_heads,))
+        bias = self.param(
+            'position_bias', nn.initializers.zeros, (self.num_heads,), jnp.float32
+        )
+        gating = self.param(
+            'gating', nn.initializers.ones, (self.num_heads,), jnp.float32
+        )
         if needs_weights(self, self.dropout_rate, train):
             weights = gpsa_weights(query, key, kernel, bias, gating, self.grid)
             self.sow('intermediates', 'attention_weights', weights)

@@ -47,24 +47,34 @@ def build_model(name: str, num_classes: int | None, **overrides: Any) -> nn.Modu
 
 
 def _check_fields(name: str, model: Any, overrides: dict[str, Any]) -> None:
-    """Raises UserError for a field that does not exist or is of another type."""
-    known = {f.name: f.default for f in dataclasses.fields(model)}
+    """Raises UserError for a field that does not exist, or a value unlike it."""
+    known = {f.name: f for f in dataclasses.fields(model)}
     del known['parent'], known['name']
     for field, value in overrides.items():
         if field not in known:
             raise unknown(f'field of {name}', field, known)
-        default = known[field]
-        allowed: tuple[type, ...] = (type(default),)
-        if field == 'patch_size':
-            allowed = (int, tuple)
-        elif isinstance(default, float):
-            allowed = (int, float)
-        elif not isinstance(default, bool | int | str | tuple):
-            continue  # None, a dtype, a function
-        if not isinstance(value, allowed) or (
-            isinstance(value, bool) and bool not in allowed
-        ):
+        if not _suits(known[field], value):
+            default = known[field].default
             raise UserError(f'{field} of {name} is like {default!r}; {value!r} is not')
+
+
+def _suits(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a value is like the default: type, and counts above 0."""
+    default = field.default
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if field.type == int | None and default is None:
+        return value is None or (isinstance(value, int) and value > 0)
+    if isinstance(default, int):
+        if field.name == 'patch_size' and isinstance(value, tuple):
+            return all(isinstance(n, int) and n > 0 for n in value)
+        lowest = 0 if field.name == 'num_local_layers' else 1
+        return isinstance(value, int) and value >= lowest
+    if isinstance(default, float):
+        return isinstance(value, float | int)
+    if isinstance(default, str | tuple):
+        return isinstance(value, type(default))
+    return not callable(default) or callable(value)
 
 
 def _resolve(value: Any) -> Any:

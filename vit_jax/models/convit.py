@@ -57,6 +57,9 @@ class ConViT(nn.Module):
     attention_impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.normal(0.02)
     head_init: Initializer = nn.initializers.normal(0.02)
+    # Not zero: no position joins this token, and the gradient of a LayerNorm at zero
+    # is a thousand times that elsewhere.
+    token_init: Initializer = nn.initializers.normal(0.02)
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -115,7 +118,7 @@ class ConViT(nn.Module):
         content = partial(MultiHeadAttention, impl=self.attention_impl, **shared)
         for i, rate in enumerate(drop_path_rates(self.drop_path_rate, self.depth)):
             if i == self.num_local_layers and self.pool == 'cls':
-                x = ClassToken(name='class_token')(x)
+                x = ClassToken(self.token_init, name='class_token')(x)
             x = EncoderBlock(
                 local if i < self.num_local_layers else content,
                 self.mlp_dim,

@@ -47,7 +47,7 @@ FAMILIES = {
         ViT,
         {'Ti': Size(192, 12, 3), 'S': Size(384, 12, 6), 'B': Size(768, 12, 12)},
         ('Ti/16', 'S/16', 'B/16'),
-        {'kernel_init': _NORMAL, 'head_init': _NORMAL},
+        {'kernel_init': _NORMAL, 'head_init': _NORMAL, 'token_init': _NORMAL},
     ),
     # arXiv 2103.10697, table 1: 48 features a head, 64 in the + models.
     'ConViT': Family(

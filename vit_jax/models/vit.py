@@ -44,6 +44,7 @@ class ViT(nn.Module):
       attention_impl: see `dot_product_attention`.
       kernel_init: initializer of the linear maps.
       head_init: initializer of the classifier's kernel.
+      token_init: initializer of the class token.
       dtype: dtype of the computation; parameters are float32.
     """
 
@@ -66,6 +67,7 @@ class ViT(nn.Module):
     attention_impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     head_init: Initializer = nn.initializers.zeros
+    token_init: Initializer = nn.initializers.zeros
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -96,7 +98,7 @@ class ViT(nn.Module):
         grid = x.shape[1:-1]
         x = x.reshape(x.shape[0], -1, self.width)
         if self.pool == 'cls':
-            x = ClassToken(name='class_token')(x)
+            x = ClassToken(self.token_init, name='class_token')(x)
         x = PositionEmbedding(self.posemb, name='posemb')(x, grid)
         x = Dropout(self.dropout_rate, name='dropout')(x, train=train)
 

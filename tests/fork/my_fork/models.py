@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vit_jax.layers.norm import batch_norm
+
 
 class Pixels(nn.Module):
     """A linear classifier of pixels, with running statistics of its inputs."""
@@ -15,5 +17,5 @@ class Pixels(nn.Module):
     def __call__(self, image, *, train=False):
         x = image.reshape(image.shape[0], -1)
         x = nn.Dense(self.width, dtype=self.dtype)(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        x = batch_norm(use_running_average=not train, momentum=0.5, name='norm')(x)
         return nn.Dense(self.num_classes)(nn.relu(x))
