@@ -31,7 +31,7 @@ def test_every_function_is_measured():
 
 
 def test_rounds_are_in_turns_and_the_median_counts(monkeypatch):
-    """A clock that shows how many reads there were, squared: each run takes longer.
+    """A clock that shows how many reads there were, cubed: each run takes longer.
 
     Three rounds of two functions read the clock twelve times, in pairs; the median
     of a function is that of its run of the second round.
@@ -41,13 +41,13 @@ def test_rounds_are_in_turns_and_the_median_counts(monkeypatch):
 
     def read():
         calls.append(next(reads))
-        return float(calls[-1] ** 2)
+        return float(calls[-1] ** 3)
 
     monkeypatch.setattr(benchmark.time, 'perf_counter', read)
     measured = compare({'a': small, 'b': small}, ARGS, rounds=3)
     assert len(calls) == 12
-    # The runs of the second round last 5**2 - 4**2 and 7**2 - 6**2.
-    assert sorted(m.seconds for m in measured.values()) == [9.0, 13.0]
+    # The runs of the second round last 5**3 - 4**3 and 7**3 - 6**3.
+    assert sorted(m.seconds for m in measured.values()) == [61.0, 127.0]
 
 
 def test_functions_see_the_arguments_in_order():

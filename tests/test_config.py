@@ -49,7 +49,7 @@ def test_recipes_run(write, variant, seed):
 @pytest.mark.parametrize(
     ('text', 'variant', 'message'),
     [
-        (RECIPE, ':smal', "unknown config variant 'smal'; did you mean 'small'"),
+        (RECIPE, ':smal', "^unknown config variant 'smal'; did you mean 'small'"),
         ('def get_config(:\n', '', 'does not run: SyntaxError'),
         ('import nothing_of_the_kind', '', 'ModuleNotFoundError: No module named'),
         ('def get_config():\n  1 / 0', '', 'ZeroDivisionError: division by zero'),
@@ -87,6 +87,14 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / 'notes.txt').write_text('hello')
     with pytest.raises(UserError, match=r'notes\.txt is not a Python file'):
         load_config(f'{tmp_path}/notes.txt')
+
+
+def test_recipes_are_locked_whatever_they_do(write):
+    config = load_config(
+        write(RECIPE.replace('return config', 'return config.unlock()'))
+    )
+    with pytest.raises(AttributeError):
+        config.new = 3
 
 
 @pytest.mark.parametrize(

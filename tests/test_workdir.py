@@ -4,7 +4,7 @@ import sys
 import jax
 import pytest
 
-from vit_jax.config import RESUMABLE, default_config, flatten
+from vit_jax.config import default_config, flatten
 from vit_jax.errors import UserError
 from vit_jax.workdir import open_workdir
 
@@ -61,11 +61,24 @@ ANOTHER = {
 }
 
 
+# A run and its continuation may differ in these: the result is the same.
+RESUMABLE = {
+    'dataset.data_dir',
+    'dataset.num_workers',
+    'parallel.mode',
+    'eval.every_steps',
+    'eval.batch_size',
+    'checkpoint.every_steps',
+    'checkpoint.keep',
+    'log.every_steps',
+    'log.tensorboard',
+}
+
+
 @pytest.mark.parametrize(
     'key', [k for k, _ in flatten(default_config()) if k != 'model.kwargs']
 )
 def test_another_config_is_refused_unless_the_result_is_the_same(tmp_path, key):
-    """The keys in which a run and its continuation may differ are those listed."""
     config = make_config()
     start(tmp_path, config)
     before = (tmp_path / 'config.json').read_text()
@@ -87,7 +100,13 @@ def test_another_config_is_refused_unless_the_result_is_the_same(tmp_path, key):
 
 @pytest.mark.parametrize(
     ('there', 'here'),
-    [({'depth': 3}, {'depth': 5}), ({'depth': 3}, {}), ({}, {'depth': 3})],
+    [
+        ({'depth': 3}, {'depth': 5}),
+        ({'depth': 3}, {}),
+        ({}, {'depth': 3}),
+        ({'depth': 3}, {'depth': 3, 'width': 5}),
+        ({'depth': 3, 'width': 5}, {'depth': 3}),
+    ],
 )
 def test_another_model_is_refused(tmp_path, there, here):
     config = make_config()

@@ -215,7 +215,7 @@ def test_chunked_never_holds_all_the_weights():
         return max(math.prod(map(int, shape.split(','))) for shape in shapes)
 
     assert largest('dense') == B * N * LONG * source
-    assert largest('chunked') == B * N * 256 * source
+    assert largest('chunked') <= B * N * 256 * source
 
 
 ERRORS = {

@@ -153,6 +153,7 @@ def test_every_field_matters():
         'attention_impl': 'chunked',
         'kernel_init': nn.initializers.ones,
         'head_init': nn.initializers.ones,
+        'token_init': nn.initializers.ones,
         'dtype': jnp.bfloat16,
     }
     model_checks.check_every_field_matters(make_model, IMAGE, others)
@@ -199,3 +200,10 @@ def test_kernel_init_reaches_every_map_that_has_no_start_of_its_own(local_init):
         assert [kernel.dtype for kernel in kernels] == [jnp.float16] * number
     position = params['block00']['attention']['position_kernel']
     assert position.dtype == (jnp.float32 if local_init else jnp.float16)
+
+
+def test_the_class_token_does_not_start_at_the_pole_of_a_layer_norm():
+    """No position joins it, and the gradient of a LayerNorm at 0 is 1 / sqrt(eps)."""
+    params = make_model().init(jax.random.key(0), jnp.zeros(IMAGE))['params']
+    token = params['class_token']['cls']
+    assert 0.01 < float(jnp.std(token)) < 0.04

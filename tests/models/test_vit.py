@@ -123,6 +123,7 @@ def test_every_field_matters():
         'attention_impl': 'chunked',
         'kernel_init': nn.initializers.ones,
         'head_init': nn.initializers.ones,
+        'token_init': nn.initializers.ones,
         'dtype': jnp.bfloat16,
     }
     model_checks.check_every_field_matters(make_model, IMAGE, others)
