@@ -138,7 +138,7 @@ def test_a_grid_of_as_many_tokens_is_another_grid(grid):
 
 
 def test_unknown_kind_offers_the_nearest():
-    with pytest.raises(UserError, match=r"'sincos'; did you mean 'sincos[12]d'"):
+    with pytest.raises(UserError, match=r"'sincos'; did you mean 'sincos[123]d'"):
         reference.init_shapes(
             PositionEmbedding('sincos'), jnp.zeros((1, 6, 8)), grid=(2, 3)
         )

@@ -1,19 +1,106 @@
-"""Position embeddings: how tokens learn where they are."""
+"""Position encodings: how tokens learn where they are.
+
+Without them self-attention cannot tell one order of its tokens from another. A good
+code is bounded, does not depend on the length of the sequence, makes equal steps
+equally long, and turns a shift into a linear map. Only sine and cosine pairs do all
+four ("Attention Is All You Need", arXiv 1706.03762, section 3.5).
+"""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError, times, unknown
 from vit_jax.typing import Array, Initializer, Shape
 
-POSEMBS = ('learned', 'sincos1d', 'sincos2d', 'none')
+MAX_WAVELENGTH = 10_000.0
+
+
+def integer(positions: np.ndarray, width: int) -> np.ndarray:
+    """The number of the position, in every feature: unbounded.
+
+    Args:
+      positions: `[T]`, any numbers.
+      width: D.
+
+    Returns:
+      `[T, D]` float32.
+    """
+    column = np.asarray(positions, np.float32)[:, None]
+    return np.tile(column, (1, width))
+
+
+def normalized(
+    positions: np.ndarray, width: int, length: int | None = None
+) -> np.ndarray:
+    """Position / length, in every feature: one place has a code per length.
+
+    Args:
+      positions: `[T]`, any numbers.
+      width: D.
+      length: of the sequence; None for T.
+
+    Returns:
+      `[T, D]` float32.
+
+    >>> normalized(np.arange(4), width=1)[:, 0]
+    array([0.  , 0.25, 0.5 , 0.75], dtype=float32)
+    """
+    return integer(np.asarray(positions) / (length or len(positions)), width)
+
+
+def binary(positions: np.ndarray, width: int) -> np.ndarray:
+    """The binary digits of the position, lowest first: steps of unequal length.
+
+    Args:
+      positions: `[T]` whole numbers from 0.
+      width: D, number of digits.
+
+    Returns:
+      `[T, D]` float32 of zeros and ones.
+
+    Raises:
+      UserError: when a position has more digits.
+
+    >>> binary(np.array([0, 1, 6]), width=4)
+    array([[0., 0., 0., 0.],
+           [1., 0., 0., 0.],
+           [0., 1., 1., 0.]], dtype=float32)
+    """
+    positions = np.asarray(positions, np.int64)
+    largest = max(map(int, positions), default=0)
+    if largest >= 2**width:
+        raise UserError(
+            f'position {largest} has {largest.bit_length()} binary digits; '
+            f'a width of {width} holds {width}'
+        )
+    # Shifts of 64 and more are undefined; no position is that large.
+    shifts = np.minimum(np.arange(width), 62)
+    return ((positions[:, None] >> shifts) & 1).astype(np.float32)
+
+
+def sine(
+    positions: np.ndarray, width: int, max_wavelength: float = MAX_WAVELENGTH
+) -> np.ndarray:
+    """One sine a feature, of geometrically growing wavelength: steps shrink at crests.
+
+    Args:
+      positions: `[T]`, any numbers.
+      width: D.
+      max_wavelength: the longest wavelength is at most 2 pi times this.
+
+    Returns:
+      `[T, D]` float32.
+    """
+    return np.sin(_angles(positions, width, max_wavelength)).astype(np.float32)
 
 
 def sincos(
-    positions: np.ndarray, width: int, max_wavelength: float = 10_000.0
+    positions: np.ndarray, width: int, max_wavelength: float = MAX_WAVELENGTH
 ) -> np.ndarray:
     """Sine and cosine pairs of geometrically growing wavelength.
 
@@ -32,14 +119,12 @@ def sincos(
     Raises:
       UserError: when `width` is odd.
     """
-    if width % 2:
-        raise UserError(f'sine-cosine positions need an even width, not {width}')
-    frequencies = max_wavelength ** -(np.arange(width // 2) / (width // 2))
-    angles = np.asarray(positions, np.float64)[:, None] * frequencies
+    _check_even(width)
+    angles = _angles(positions, width // 2, max_wavelength)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def sincos_grid(grid: tuple[int, ...], width: int) -> np.ndarray:
+def sincos_grid(grid: Shape, width: int) -> np.ndarray:
     """Sine-cosine embeddings of a grid: an equal share of the width for each axis.
 
     Args:
@@ -56,14 +141,129 @@ def sincos_grid(grid: tuple[int, ...], width: int) -> np.ndarray:
     >>> sincos_grid((3, 5), 8).shape
     (15, 8)
     """
-    if width % (2 * len(grid)):
-        raise UserError(
-            f'sine-cosine positions on {len(grid)} axes need a width divisible by '
-            f'{2 * len(grid)}, not {width}'
-        )
+    share = _share(width, len(grid))
     axes = np.meshgrid(*map(np.arange, grid), indexing='ij')
-    share = width // len(grid)
     return np.concatenate([sincos(axis.ravel(), share) for axis in axes], axis=1)
+
+
+def shift_matrix(
+    delta: float | Sequence[float],
+    width: int,
+    max_wavelength: float = MAX_WAVELENGTH,
+) -> np.ndarray:
+    """The linear map that moves sine-cosine positions: PE(x + delta) = T PE(x).
+
+    It rotates each pair by w_i delta, whatever x is, so a query can learn to ask for
+    a relative position ("Attention Is All You Need", section 3.5).
+
+    Args:
+      delta: the step; or one per axis of a grid, for `sincos_grid`.
+      width: D, as for the positions.
+      max_wavelength: as for the positions.
+
+    Returns:
+      T, `[D, D]` float32.
+
+    Raises:
+      UserError: when the width cannot be shared among the axes.
+
+    >>> moved = sincos(np.array([5.0]), 4) @ shift_matrix(2.0, 4).T
+    >>> bool(np.allclose(moved, sincos(np.array([7.0]), 4)))
+    True
+    """
+    steps = [delta] if isinstance(delta, int | float) else list(delta)
+    share = _share(width, len(steps))
+    out = np.zeros((width, width))
+    for axis, step in enumerate(steps):
+        angles = _angles(np.array([step]), share // 2, max_wavelength)[0]
+        cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
+        block = slice(axis * share, (axis + 1) * share)
+        out[block, block] = np.block([[cos, sin], [-sin, cos]])
+    return out.astype(np.float32)
+
+
+def _angles(positions: np.ndarray, num_waves: int, max_wavelength: float) -> np.ndarray:
+    """`[T, num_waves]` float64: positions times geometrically falling frequencies."""
+    frequencies = max_wavelength ** -(np.arange(num_waves) / max(num_waves, 1))
+    return np.asarray(positions, np.float64)[:, None] * frequencies
+
+
+def _check_even(width: int) -> None:
+    if width % 2:
+        raise UserError(f'sine-cosine positions need an even width, not {width}')
+
+
+def _share(width: int, num_axes: int) -> int:
+    """The features of each axis."""
+    if num_axes == 1:
+        _check_even(width)
+    if width % (2 * num_axes):
+        raise UserError(
+            f'sine-cosine positions on {num_axes} axes need a width divisible by '
+            f'{2 * num_axes}, not {width}'
+        )
+    return width // num_axes
+
+
+def resize_learned(
+    params: Mapping[str, Array], grid: Shape, method: str = 'cubic'
+) -> dict[str, Array]:
+    """Learned positions for another grid, for images of another size.
+
+    "An Image is Worth 16x16 Words", arXiv 2010.11929, section 3.2.
+
+    Args:
+      params: of a learned `PositionEmbedding`: grid `[*grid, D]` and, where tokens
+        precede the grid's, prefix `[P, D]`, which stays.
+      grid: the new grid, of as many axes.
+      method: of `jax.image.resize`: 'cubic', 'linear', 'nearest'.
+
+    Returns:
+      The parameters for `grid`; the very same where it is the old one.
+
+    Raises:
+      UserError: when the grids differ in rank.
+
+    >>> params = {'grid': jnp.ones((4, 9, 8)), 'prefix': jnp.ones((2, 8))}
+    >>> jax.tree.map(jnp.shape, resize_learned(params, (6, 7)))
+    {'grid': (6, 7, 8), 'prefix': (2, 8)}
+    """
+    table = params['grid']
+    *old, width = table.shape
+    if len(old) != len(grid):
+        raise UserError(
+            f'learned positions of a grid {times(old)} cannot be resized to '
+            f'{times(grid)}: the axes differ in number'
+        )
+    if tuple(old) != tuple(grid):
+        table = jax.image.resize(table, (*grid, width), method)
+    return {**params, 'grid': table}
+
+
+# Encodings of tokens numbered in a row, whatever the grid.
+_BY_NUMBER: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    'integer': integer,
+    'normalized': normalized,
+    'binary': binary,
+    'sine': sine,
+    'sincos1d': sincos,
+}
+_BY_AXIS = {'sincos2d': 2, 'sincos3d': 3}  # number of axes
+POSEMBS = ('learned', *_BY_NUMBER, *_BY_AXIS, 'none')
+
+
+def fixed_positions(kind: str, grid: Shape, width: int) -> np.ndarray:
+    """The encoding `[T, D]` of a grid by name, see `PositionEmbedding`."""
+    if kind in _BY_NUMBER:
+        return _BY_NUMBER[kind](np.arange(math.prod(grid)), width)
+    if kind not in _BY_AXIS:
+        raise unknown('position embedding', kind, POSEMBS)
+    if len(grid) != _BY_AXIS[kind]:
+        raise UserError(
+            f'position embedding {kind!r} is for grids of {_BY_AXIS[kind]} axes, not '
+            f'{times(grid)}; use {f"sincos{len(grid)}d"!r}'
+        )
+    return sincos_grid(grid, width)
 
 
 class PositionEmbedding(nn.Module):
@@ -73,9 +273,9 @@ class PositionEmbedding(nn.Module):
     grid cannot be mistaken for a 6x6 one.
 
     Attributes:
-      kind: 'learned'; 'sincos1d' (tokens numbered in a row); 'sincos2d' (a share of
-        the width for each axis of the grid, of which there may be one to three);
-        'none'.
+      kind: 'learned'; for tokens numbered in a row 'integer', 'normalized', 'binary',
+        'sine' or 'sincos1d'; 'sincos2d' and 'sincos3d' (a share of the width for each
+        axis of the grid); or 'none'.
       embedding_init: initializer of the learned embeddings.
     """
 
@@ -83,7 +283,7 @@ class PositionEmbedding(nn.Module):
     embedding_init: Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
-    def __call__(self, x: Array, grid: tuple[int, ...]) -> Array:
+    def __call__(self, x: Array, grid: Shape) -> Array:
         """Adds the embeddings.
 
         Args:
@@ -95,8 +295,8 @@ class PositionEmbedding(nn.Module):
           ones have a row for each.
 
         Raises:
-          UserError: for an unknown `kind`, or a grid that is not that of the
-            learned embeddings.
+          UserError: for an unknown `kind`, a width it cannot fill, or a grid that is
+            not that of the learned embeddings.
         """
         num_tokens, width = x.shape[1:]
         num_prefix = num_tokens - math.prod(grid)
@@ -114,15 +314,10 @@ class PositionEmbedding(nn.Module):
                 )
                 learned = jnp.concatenate([prefix, learned])
             return x + learned.astype(x.dtype)
-        if self.kind == 'sincos1d':
-            posemb = sincos(np.arange(math.prod(grid)), width)
-        elif self.kind == 'sincos2d':
-            posemb = sincos_grid(grid, width)
-        else:
-            raise unknown('position embedding', self.kind, POSEMBS)
+        posemb = fixed_positions(self.kind, grid, width)
         return x + jnp.asarray(np.pad(posemb, ((num_prefix, 0), (0, 0))), x.dtype)
 
-    def _check_grid(self, grid: tuple[int, ...]) -> None:
+    def _check_grid(self, grid: Shape) -> None:
         if not self.has_variable('params', 'grid'):
             return
         expected: Shape = self.get_variable('params', 'grid').shape[:-1]
