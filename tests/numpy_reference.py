@@ -186,17 +186,21 @@ def gpsa(params, x, grid):
     return merge(params['out'], apply_weights(weights, value))
 
 
-def gelu(x, variant='exact'):
+def gelu(x, variant='gelu'):
     def one(v):
-        if variant == 'exact':
+        if variant == 'gelu':
             return 0.5 * v * (1 + math.erf(v / math.sqrt(2)))
         return 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
     return np.vectorize(one)(x)
 
 
-def mlp(params, x, variant='exact'):
-    return linear(params['fc2'], gelu(linear(params['fc1'], x), variant))
+def activate(x, name):
+    return np.maximum(x, 0.0) if name == 'relu' else gelu(x, name)
+
+
+def mlp(params, x, variant='gelu'):
+    return linear(params['fc2'], activate(linear(params['fc1'], x), variant))
 
 
 def layer_norm(params, x, eps=1e-6):
@@ -205,9 +209,40 @@ def layer_norm(params, x, eps=1e-6):
     return (x - mean) / np.sqrt(variance + eps) * params['scale'] + params['bias']
 
 
-def encoder_block(params, x, attend=multi_head_attention, eps=1e-6, variant='exact'):
+def encoder_block(params, x, attend=multi_head_attention, eps=1e-6, variant='gelu'):
     x = x + attend(params['attention'], layer_norm(params['norm1'], x, eps))
     return x + mlp(params['mlp'], layer_norm(params['norm2'], x, eps), variant)
+
+
+def post_norm_block(params, x, eps=1e-6, variant='gelu'):
+    attended = multi_head_attention(params['attention'], x)
+    x = layer_norm(params['norm1'], x + attended, eps)
+    return layer_norm(params['norm2'], x + mlp(params['mlp'], x, variant), eps)
+
+
+def decoder_block(params, x, encoded, self_mask=True, cross_mask=True, norm_first=True):
+    """Attention to the tokens before, attention to the source, MLP."""
+    causal = np.array([[s <= t for s in range(x.shape[1])] for t in range(x.shape[1])])
+
+    def attend(x):
+        return multi_head_attention(
+            params['self_attention'], x, mask=causal & self_mask
+        )
+
+    def cross(x):
+        return multi_head_attention(
+            params['cross_attention'], x, encoded, mask=cross_mask
+        )
+
+    def transform(x):
+        return mlp(params['mlp'], x)
+
+    for branch, norm in ((attend, 'norm1'), (cross, 'norm2'), (transform, 'norm3')):
+        if norm_first:
+            x = x + branch(layer_norm(params[norm], x))
+        else:
+            x = layer_norm(params[norm], x + branch(x))
+    return x
 
 
 def patch_embed(params, x, patch):

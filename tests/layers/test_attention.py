@@ -14,7 +14,9 @@ from vit_jax.layers.attention import (
     MultiHeadAttention,
     apply_weights,
     attention_weights,
+    causal_mask,
     dot_product_attention,
+    padding_mask,
 )
 
 IMPLS = ('xla', 'chunked', 'dense')
@@ -45,6 +47,9 @@ TERMS = {
     'mask by query': {'mask': random_mask(T, 1)},
     'bias shared by queries, causal': {'bias': (N, 1, S), 'mask': CAUSAL},
     'bias of two axes, key padding': {'bias': (T, S), 'mask': PADDING},
+    'causal': {'causal': True},
+    'causal, bias, key padding': {'bias': (N, T, S), 'mask': PADDING, 'causal': True},
+    'causal, full mask': {'mask': random_mask(B, N, T, S), 'causal': True},
 }
 
 
@@ -58,19 +63,22 @@ def make_terms(name):
 def check_against_reference(impl, arrays, terms, dtype=np.float32):
     """The output, and the gradients of query, key, value and bias."""
     cotangent = np.random.default_rng(5).normal(size=arrays[0].shape).astype(dtype)
-    out, weights = reference.attention(*arrays, **terms)
+    mask, causal = terms.get('mask', True), terms.get('causal', False)
+    if causal:
+        mask = mask & np.tril(np.ones((arrays[0].shape[1], arrays[1].shape[1]), bool))
+    bias = terms.get('bias', 0.0)
+    out, weights = reference.attention(*arrays, bias=bias, mask=mask)
     grads = reference.attention_gradients(*arrays, weights, np.float64(cotangent))
     expected = dict(zip(('query', 'key', 'value'), grads))
     inputs = dict(zip(('query', 'key', 'value'), arrays))
     if 'bias' in terms:
         inputs['bias'] = terms['bias']
         expected['bias'] = sum_to(grads[3], terms['bias'].shape)
-    mask = terms.get('mask')
 
     @jax.jit
     def run(inputs, cotangent):
         def attend(inputs):
-            return dot_product_attention(**inputs, mask=mask, impl=impl)
+            return dot_product_attention(**{**terms, **inputs}, impl=impl)
 
         actual, vjp = jax.vjp(attend, inputs)
         return actual, *vjp(cotangent)
@@ -101,6 +109,7 @@ def test_any_number_of_queries(impl, length):
     (bias,) = reference.random_arrays(4, (B, 1, length, S))
     terms = {'bias': bias, 'mask': random_mask(1, N, length, S)}
     check_against_reference(impl, qkv(length), terms)
+    check_against_reference(impl, qkv(length), {'causal': True})
 
 
 @pytest.mark.parametrize('terms', ['bias', 'full mask'])
@@ -258,6 +267,16 @@ def test_shapes_that_do_not_fit_are_told(case):
         dot_product_attention(**inputs)
 
 
+def test_padding_mask_keeps_keys_for_every_head_and_query():
+    keep = jnp.asarray(PADDING.reshape(B, S))
+    np.testing.assert_array_equal(padding_mask(keep), PADDING)
+
+
+def test_causal_mask_counts_from_the_offset():
+    expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    np.testing.assert_array_equal(causal_mask(2, 5, offset=2), np.array(expected, bool))
+
+
 def test_mask_must_be_boolean():
     x = jnp.zeros((B, T, N, H))
     with pytest.raises(UserError, match=r'must be boolean, True = keep; got int32'):
@@ -291,6 +310,18 @@ def test_module_equals_the_loops(case):
     out = reference.apply(module, params, *inputs)
     expected = reference.multi_head_attention(reference.float64(params), *inputs)
     reference.assert_close(out, expected)
+
+
+def test_causal_module_equals_the_loops():
+    module = MultiHeadAttention(N, causal=True)
+    (x,) = module_inputs((B, T, N * H), None)
+    params = reference.random_params(module, x)
+    out = reference.apply(module, params, x)
+    mask = np.tril(np.ones((T, T), bool))
+    expected = reference.multi_head_attention(reference.float64(params), x, mask=mask)
+    reference.assert_close(out, expected)
+    sown, _ = reference.apply(module, params, x, mutable='intermediates')
+    reference.assert_close(sown, expected)
 
 
 def test_head_size_is_width_by_heads_unless_given():

@@ -8,7 +8,7 @@ import numpy_reference as reference
 import pytest
 
 from vit_jax.layers.attention import MultiHeadAttention
-from vit_jax.layers.blocks import EncoderBlock, drop_path_rates
+from vit_jax.layers.blocks import DecoderBlock, EncoderBlock, drop_path_rates
 
 B, T, D, F = 3, 5, 6, 7
 
@@ -31,17 +31,76 @@ def make_block(attention=None, shape=(B, T, D), **kwargs):
 
 
 @pytest.mark.parametrize(
-    'kwargs', [{}, {'layer_norm_eps': 0.5}, {'gelu_variant': 'tanh'}]
+    'kwargs', [{}, {'layer_norm_eps': 0.5}, {'activation': 'gelu_tanh'}]
 )
 def test_block_is_attention_then_mlp_each_with_norm_and_residual(kwargs):
     block, params, x = make_block(**kwargs)
     out = reference.apply(block, params, x)
     eps = kwargs.get('layer_norm_eps', 1e-6)
-    variant = kwargs.get('gelu_variant', 'exact')
+    variant = kwargs.get('activation', 'gelu')
     expected = reference.encoder_block(
         reference.float64(params), x, eps=eps, variant=variant
     )
     reference.assert_close(out, expected)
+
+
+@pytest.mark.parametrize('variant', ['gelu', 'relu'])
+def test_norms_after_the_sums(variant):
+    block, params, x = make_block(norm_first=False, activation=variant)
+    out = reference.apply(block, params, x)
+    expected = reference.post_norm_block(reference.float64(params), x, variant=variant)
+    reference.assert_close(out, expected)
+
+
+def test_mask_reaches_the_attention():
+    block, params, x = make_block()
+    mask = np.ones((B, 1, 1, T), bool)
+    mask[1, ..., 2:] = False
+    out = reference.apply(block, params, x, mask=mask)
+    attend = partial(reference.multi_head_attention, mask=mask)
+    expected = reference.encoder_block(reference.float64(params), x, attend=attend)
+    reference.assert_close(out, expected)
+
+
+def make_decoder(**kwargs):
+    block = DecoderBlock(partial(MultiHeadAttention, num_heads=3), F, **kwargs)
+    x, encoded = reference.random_arrays(0, (B, T, D), (B, 11, 13))
+    return block, reference.random_params(block, x, encoded), x, encoded
+
+
+@pytest.mark.parametrize('norm_first', [True, False])
+def test_decoder_block_is_two_attentions_then_mlp(norm_first):
+    block, params, x, encoded = make_decoder(norm_first=norm_first)
+    rng = np.random.default_rng(0)
+    masks = {
+        'self_mask': rng.random((B, 1, 1, T)) < 0.6,
+        'cross_mask': rng.random((B, 1, T, 11)) < 0.6,
+    }
+    for given in ({}, masks):
+        out = reference.apply(block, params, x, encoded, **given)
+        expected = reference.decoder_block(
+            reference.float64(params), x, encoded, **given, norm_first=norm_first
+        )
+        reference.assert_close(out, expected)
+
+
+def test_decoder_block_drops_each_of_its_branches():
+    plain, params, x, encoded = make_decoder()
+    out = reference.apply(plain, params, x, encoded)
+    rng = jax.random.key(0)
+    for fields in ({'dropout_rate': 0.5}, {'drop_path_rate': 0.5}):
+        block = make_decoder(**fields)[0]
+        np.testing.assert_array_equal(reference.apply(block, params, x, encoded), out)
+        for branch in ('self_attention', 'cross_attention', 'mlp'):
+            off = {'self_attention', 'cross_attention', 'mlp'} - {branch}
+            alone = {
+                **params,
+                **{k: jax.tree.map(jnp.zeros_like, params[k]) for k in off},
+            }
+            args = alone, x, encoded
+            kept = reference.apply(block, *args)
+            trained = reference.apply(block, *args, train=True, rng=rng)
+            assert np.any(kept != trained), branch
 
 
 def test_any_attention_serves():

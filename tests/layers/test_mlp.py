@@ -5,24 +5,23 @@ import numpy_reference as reference
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.layers.mlp import MlpBlock, gelu
+from vit_jax.layers.mlp import MlpBlock, get_activation
 
 
-@pytest.mark.parametrize('variant', ['exact', 'tanh'])
-def test_gelu_is_the_formula(variant):
+@pytest.mark.parametrize('name', ['gelu', 'gelu_tanh', 'relu'])
+def test_activation_is_the_formula(name):
     x = np.linspace(-5, 5, 31)
-    reference.assert_close(
-        gelu(jnp.float32(x), variant), reference.gelu(x, variant), 1e-6
-    )
+    actual = get_activation(name)(jnp.float32(x))
+    reference.assert_close(actual, reference.activate(x, name), 1e-6)
 
 
 def test_the_two_gelus_differ():
-    assert abs(gelu(2.0, 'exact') - gelu(2.0, 'tanh')) > 1e-5
+    assert abs(get_activation('gelu')(2.0) - get_activation('gelu_tanh')(2.0)) > 1e-5
 
 
-def test_unknown_gelu_offers_the_nearest():
-    with pytest.raises(UserError, match="GELU variant 'tan'; did you mean 'tanh'"):
-        gelu(jnp.ones(3), 'tan')
+def test_unknown_activation_offers_the_nearest():
+    with pytest.raises(UserError, match="activation 'rel'; did you mean 'relu'"):
+        get_activation('rel')
 
 
 def make_block(**kwargs):
@@ -31,9 +30,9 @@ def make_block(**kwargs):
     return block, reference.random_params(block, x, scale=1.0), x
 
 
-@pytest.mark.parametrize('variant', ['exact', 'tanh'])
-def test_block_is_two_linear_maps_with_a_gelu_between(variant):
-    block, params, x = make_block(gelu_variant=variant)
+@pytest.mark.parametrize('variant', ['gelu', 'gelu_tanh', 'relu'])
+def test_block_is_two_linear_maps_with_an_activation_between(variant):
+    block, params, x = make_block(activation=variant)
     expected = reference.mlp(reference.float64(params), x, variant)
     reference.assert_close(reference.apply(block, params, x), expected)
 

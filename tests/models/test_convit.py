@@ -50,12 +50,12 @@ def loops(params, image, pool, num_local_layers, eps, variant):
 
 @pytest.mark.parametrize(
     ('pool', 'num_local_layers', 'eps', 'variant'),
-    [('cls', 2, 1e-6, 'exact'), ('cls', 0, 1e-6, 'exact'), ('mean', 1, 0.5, 'tanh')],
+    [('cls', 2, 1e-6, 'gelu'), ('cls', 0, 1e-6, 'gelu'), ('mean', 1, 0.5, 'gelu_tanh')],
 )
 def test_forward_pass_on_a_rectangular_grid_equals_the_loops(
     pool, num_local_layers, eps, variant
 ):
-    fields = {'layer_norm_eps': eps, 'gelu_variant': variant} if eps != 1e-6 else {}
+    fields = {'layer_norm_eps': eps, 'activation': variant} if eps != 1e-6 else {}
     model = make_model(pool=pool, num_local_layers=num_local_layers, **fields)
     (image,) = reference.random_arrays(0, IMAGE)
     params = reference.random_params(model, image)
@@ -148,7 +148,7 @@ def test_every_field_matters():
         'attention_dropout_rate': 0.1,
         'drop_path_rate': 0.1,
         'layer_norm_eps': 1e-5,
-        'gelu_variant': 'tanh',
+        'activation': 'gelu_tanh',
         'gpsa_impl': 'split',
         'attention_impl': 'chunked',
         'kernel_init': nn.initializers.ones,

@@ -44,10 +44,10 @@ def loops(params, image, pool, eps, variant):
 
 
 @pytest.mark.parametrize(
-    ('pool', 'eps', 'variant'), [('cls', 1e-6, 'exact'), ('mean', 0.5, 'tanh')]
+    ('pool', 'eps', 'variant'), [('cls', 1e-6, 'gelu'), ('mean', 0.5, 'gelu_tanh')]
 )
 def test_forward_pass_on_a_rectangular_grid_equals_the_loops(pool, eps, variant):
-    fields = {'layer_norm_eps': eps, 'gelu_variant': variant} if eps != 1e-6 else {}
+    fields = {'layer_norm_eps': eps, 'activation': variant} if eps != 1e-6 else {}
     model = make_model(pool=pool, **fields)
     (image,) = reference.random_arrays(0, IMAGE)
     params = reference.random_params(model, image)
@@ -119,7 +119,7 @@ def test_every_field_matters():
         'attention_dropout_rate': 0.1,
         'drop_path_rate': 0.1,
         'layer_norm_eps': 1e-5,
-        'gelu_variant': 'tanh',
+        'activation': 'gelu_tanh',
         'attention_impl': 'chunked',
         'kernel_init': nn.initializers.ones,
         'head_init': nn.initializers.ones,

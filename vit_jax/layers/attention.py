@@ -5,6 +5,7 @@
 """
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,7 @@ def dot_product_attention(
     *,
     bias: Array | None = None,
     mask: Array | None = None,
+    causal: bool = False,
     impl: str = 'auto',
 ) -> Array:
     """softmax(q k^T / sqrt(H) + bias) v, with the softmax in float32.
@@ -40,6 +42,7 @@ def dot_product_attention(
       bias: added to the logits, broadcastable to `[B, N, T, S]`.
       mask: boolean, True = keep, broadcastable to `[B, N, T, S]`. A row that keeps
         no key gives 0, and its gradient is 0.
+      causal: keep only keys at or before the query's place, beside `mask`.
       impl: 'xla'; 'cudnn' (a fused GPU kernel, half precision only); 'chunked'
         (blocks of queries, recomputed in the backward pass: memory O(S) per
         query block); 'dense' (the plain formula, the others' reference); or
@@ -59,16 +62,24 @@ def dot_product_attention(
     _check_shapes(query, key, value, bias, mask)
     if impl == 'auto':
         impl = auto_impl(query, key, bias, mask)
-    if impl == 'dense':
-        weights = attention_weights(query, key, bias=bias, mask=mask)
-        return apply_weights(weights, value)
     if impl == 'chunked':
-        return _chunked(query, key, value, bias, mask)
+        return _chunked(query, key, value, bias, mask, causal)
+    if mask is not None and causal:
+        mask, causal = mask & causal_mask(query.shape[1], key.shape[1]), False
+    if impl == 'dense':
+        weights = attention_weights(query, key, bias=bias, mask=mask, causal=causal)
+        return apply_weights(weights, value)
     if impl == 'cudnn' and jax.default_backend() != 'gpu':
         raise UserError("attention impl 'cudnn' needs a GPU; use 'auto'")
     if impl in ('xla', 'cudnn'):
         out = jax.nn.dot_product_attention(  # type: ignore[call-overload]
-            query, key, value, bias=bias, mask=mask, implementation=impl
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            is_causal=causal,
+            implementation=impl,
         )
         return _zero_empty_rows(out, mask)
     raise unknown('attention impl', impl, IMPLS)
@@ -80,13 +91,14 @@ def attention_weights(
     *,
     bias: Array | None = None,
     mask: Array | None = None,
+    causal: bool = False,
 ) -> Array:
     """softmax(q k^T / sqrt(H) + bias), rows that keep no key being 0.
 
     Args:
       query: `[B, T, N, H]`.
       key: `[B, S, N, H]`.
-      bias, mask: as for `dot_product_attention`.
+      bias, mask, causal: as for `dot_product_attention`.
 
     Returns:
       `[B, N, T, S]`, float32 (float64 where the inputs are).
@@ -98,6 +110,9 @@ def attention_weights(
     )
     if bias is not None:
         logits = logits + bias.astype(dtype)
+    if causal:
+        allowed = causal_mask(*logits.shape[-2:])
+        mask = allowed if mask is None else mask & allowed
     if mask is not None:
         # A finite floor: the softmax of a row of -inf is NaN, which the `where` below
         # would hide but `jax_debug_nans` would not.
@@ -109,6 +124,31 @@ def attention_weights(
 def apply_weights(weights: Array, value: Array) -> Array:
     """Averages `value` `[B, S, N, H]` by `weights` `[B, N, T, S]` -> `[B, T, N, H]`."""
     return jnp.einsum('BNTS,BSNH->BTNH', weights.astype(value.dtype), value)
+
+
+def causal_mask(length: int, source: int, offset: int | Array = 0) -> Array:
+    """Which keys are at or before each query: queries do not see what comes after.
+
+    "Attention Is All You Need", arXiv 1706.03762, section 3.2.3.
+
+    Args:
+      length: T, number of queries.
+      source: S, number of keys.
+      offset: place of the first query among the keys.
+
+    Returns:
+      `[T, S]` boolean.
+
+    >>> causal_mask(2, 4, offset=1).astype(int)
+    Array([[1, 1, 0, 0],
+           [1, 1, 1, 0]], dtype=int32)
+    """
+    return jnp.arange(source) <= offset + jnp.arange(length)[:, None]
+
+
+def padding_mask(keep: Array) -> Array:
+    """`keep` `[B, S]` boolean, True = a token, to a mask `[B, 1, 1, S]` of keys."""
+    return keep[:, None, None, :]
 
 
 def auto_impl(
@@ -136,7 +176,12 @@ def auto_impl(
 
 
 def _chunked(
-    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    causal: bool,
 ) -> Array:
     """Attention by blocks of queries; the backward pass recomputes each block."""
     length = query.shape[1]
@@ -159,11 +204,16 @@ def _chunked(
             where[name] = x if x.shape[2] == 1 else split(x, 2)
 
     @partial(jax.checkpoint, prevent_cse=False)  # `map` is a loop, nothing to merge
-    def attend(args: dict[str, Array]) -> Array:
-        weights = attention_weights(key=key, **args, **shared)
-        return apply_weights(weights, value)
+    def attend(offset: Array, args: dict[str, Any]) -> Array:
+        args = args | shared
+        if causal:
+            allowed = causal_mask(block, key.shape[1], offset)
+            args['mask'] = allowed & args.get('mask', True)
+        return apply_weights(attention_weights(key=key, **args), value)
 
-    out = jnp.moveaxis(jax.lax.map(attend, per_block), 0, 1)
+    offsets = block * jnp.arange(num_blocks)
+    out = jax.lax.map(lambda xs: attend(*xs), (offsets, per_block))
+    out = jnp.moveaxis(out, 0, 1)
     out = out.reshape(out.shape[0], num_blocks * block, *out.shape[3:])
     return out[:, :length]
 
@@ -218,9 +268,16 @@ class MultiHeadAttention(nn.Module):
     The weights are sown as `intermediates/attention_weights` `[B, N, T, S]` when
     the caller makes that collection mutable, and that pass computes them densely.
 
+    Decoding token by token (`decode=True`, the collection 'cache' mutable) gives what
+    one pass over all tokens gives. Each call takes the next T tokens, one or many,
+    and keeps their keys and values; the source of cross-attention is projected at
+    the first call only. A cache starts absent, or as `init(..., decode=True)` makes it.
+
     Attributes:
       num_heads: heads; must divide the width unless `head_dim` is given.
       head_dim: size per head; None for width / num_heads.
+      causal: self-attention sees only tokens at or before its own.
+      cache_length: L, most tokens that decoding may see.
       qkv_bias: whether query, key and value have biases; the output always has.
       dropout_rate: dropout of the attention weights (dense computation).
       impl: see `dot_product_attention`.
@@ -230,6 +287,8 @@ class MultiHeadAttention(nn.Module):
 
     num_heads: int
     head_dim: int | None = None
+    causal: bool = False
+    cache_length: int | None = None
     qkv_bias: bool = True
     dropout_rate: float = 0.0
     impl: str = 'auto'
@@ -244,6 +303,7 @@ class MultiHeadAttention(nn.Module):
         *,
         bias: Array | None = None,
         mask: Array | None = None,
+        decode: bool = False,
         train: bool = False,
     ) -> Array:
         """Lets the tokens of `x` attend to those of `x_kv`.
@@ -251,19 +311,31 @@ class MultiHeadAttention(nn.Module):
         Args:
           x: `[B, T, D]`.
           x_kv: `[B, S, E]`, keys and values come from it; None for `x`.
-          bias, mask: broadcastable to `[B, N, T, S]`.
+          bias, mask: broadcastable to `[B, N, T, S]`; S is L where `x` is decoded.
+          decode: whether `x` follows the tokens of earlier calls.
           train: whether dropout is on.
 
         Returns:
-          `[B, T, D]`.
+          `[B, T, D]`; NaN where the cache is too short for all tokens.
 
         Raises:
-          UserError: when `num_heads` does not divide the width.
+          UserError: when `num_heads` does not divide the width, shapes do not fit,
+            or self-attention decodes without `causal` and `cache_length`.
+
+        >>> layer = MultiHeadAttention(num_heads=2, causal=True, cache_length=5)
+        >>> x = jax.random.normal(jax.random.key(0), (1, 5, 8))
+        >>> params = layer.init(jax.random.key(1), x)
+        >>> whole = layer.apply(params, x)
+        >>> start, cache = layer.apply(params, x[:, :3], decode=True, mutable=['cache'])
+        >>> rest, cache = layer.apply(
+        ...     {**params, **cache}, x[:, 3:], decode=True, mutable=['cache'])
+        >>> bool(jnp.allclose(whole, jnp.concatenate([start, rest], 1), atol=1e-6))
+        True
         """
         width = x.shape[-1]
-        x_kv = x if x_kv is None else x_kv
-        query, key, value = (
-            project_heads(
+
+        def project(name: str, source: Array) -> Array:
+            return project_heads(
                 self.num_heads,
                 resolve_head_dim(width, self.num_heads, self.head_dim),
                 kernel_init=self.kernel_init,
@@ -271,20 +343,71 @@ class MultiHeadAttention(nn.Module):
                 dtype=self.dtype,
                 name=name,
             )(source)
-            for name, source in (('query', x), ('key', x_kv), ('value', x_kv))
-        )
+
+        query = project('query', x)
+        source = x if x_kv is None else x_kv
+        if decode and x_kv is not None:
+            cached = partial(self.variable, 'cache')
+            key = cached('cached_key', project, 'key', source).value
+            value = cached('cached_value', project, 'value', source).value
+        else:
+            key, value = project('key', source), project('value', source)
+        causal, seen, overflow = self.causal, None, None
+        if decode and x_kv is None:
+            key, value, seen, overflow = self._extend_cache(key, value)
+        _check_shapes(query, key, value, bias, mask)
+        if seen is not None:
+            mask, causal = seen if mask is None else seen & mask, False
+
         if needs_weights(self, self.dropout_rate, train):
-            weights = attention_weights(query, key, bias=bias, mask=mask)
+            weights = attention_weights(query, key, bias=bias, mask=mask, causal=causal)
             self.sow('intermediates', 'attention_weights', weights)
             weights = Dropout(self.dropout_rate, name='dropout')(weights, train=train)
             out = apply_weights(weights, value)
         else:
             out = dot_product_attention(
-                query, key, value, bias=bias, mask=mask, impl=self.impl
+                query, key, value, bias=bias, mask=mask, causal=causal, impl=self.impl
             )
+        if overflow is not None:
+            out = jnp.where(overflow, jnp.nan, out)
         return merge_heads(
             width, kernel_init=self.kernel_init, dtype=self.dtype, name='out'
         )(out)
+
+    def _extend_cache(
+        self, key: Array, value: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Appends `[B, T, N, H]` to the cache.
+
+        Returns:
+          All keys and values `[B, L, N, H]`, which of them each new token may see
+          `[T, L]`, and whether there were too many tokens.
+        """
+        length = self.cache_length
+        if not self.causal or length is None:
+            raise UserError('decoding needs causal=True and cache_length')
+        batch, num_new, *head = key.shape
+        if num_new > length:
+            raise UserError(
+                f'{num_new} tokens do not fit cache_length {length}; increase it'
+            )
+        shape = (batch, length, *head)
+        keys = self.variable('cache', 'cached_key', jnp.zeros, shape, key.dtype)
+        values = self.variable('cache', 'cached_value', jnp.zeros, shape, value.dtype)
+        index = self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32)
+        if keys.value.shape != shape:
+            raise UserError(
+                f'the cache has shape {keys.value.shape}, these tokens need {shape}'
+            )
+        start = index.value
+        update = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        all_keys = update(keys.value, key, start)
+        all_values = update(values.value, value, start)
+        if not self.is_initializing():
+            keys.value, values.value = all_keys, all_values
+            index.value = start + num_new
+        seen = causal_mask(num_new, length, start)
+        return all_keys, all_values, seen, start + num_new > length
 
 
 def resolve_head_dim(width: int, num_heads: int, head_dim: int | None) -> int:

@@ -1,4 +1,4 @@
-"""The Transformer's encoder block, for any attention."""
+"""The Transformer's blocks, for any attention."""
 
 from collections.abc import Callable
 
@@ -22,8 +22,10 @@ class EncoderBlock(nn.Module):
       mlp_dim: F, hidden size of the MLP.
       dropout_rate: dropout after the attention and in the MLP.
       drop_path_rate: stochastic depth of both branches.
+      norm_first: norms inside the branches, as above; False puts them after the
+        sums, norm(x + attention(x)), as "Attention Is All You Need" does.
       layer_norm_eps: epsilon of the LayerNorms, which compute in float32.
-      gelu_variant: 'exact' or 'tanh'.
+      activation: of the MLP, see `get_activation`.
       kernel_init: initializer of the MLP's kernels.
       dtype: dtype of the computation; parameters are float32.
     """
@@ -32,31 +34,131 @@ class EncoderBlock(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
+    norm_first: bool = True
     layer_norm_eps: float = 1e-6
-    gelu_variant: str = 'exact'
+    activation: str = 'gelu'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x, `[B, T, D]`; train, whether dropout is on. Returns `[B, T, D]`."""
-        norm = {'epsilon': self.layer_norm_eps, 'dtype': self.dtype}
+    def __call__(
+        self, x: Array, *, mask: Array | None = None, train: bool = False
+    ) -> Array:
+        """Encodes tokens.
 
-        y = nn.LayerNorm(name='norm1', **norm)(x)
-        y = self.attention(name='attention')(y, train=train)
-        y = Dropout(self.dropout_rate, name='dropout')(y, train=train)
-        x = x + DropPath(self.drop_path_rate, name='drop_path1')(y, train=train)
+        Args:
+          x: `[B, T, D]`.
+          mask: for attention that takes one, broadcastable to `[B, N, T, T]`.
+          train: whether dropout is on.
 
-        y = nn.LayerNorm(name='norm2', **norm)(x)
-        y = MlpBlock(
-            self.mlp_dim,
-            self.dropout_rate,
-            self.gelu_variant,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            name='mlp',
-        )(y, train=train)
-        return x + DropPath(self.drop_path_rate, name='drop_path2')(y, train=train)
+        Returns:
+          `[B, T, D]`.
+        """
+        given = {} if mask is None else {'mask': mask}  # not every attention takes it
+
+        def attend(x: Array) -> Array:
+            x = self.attention(name='attention')(x, **given, train=train)
+            return Dropout(self.dropout_rate, name='dropout')(x, train=train)
+
+        x = _residual(self, 1, attend, x, train)
+        return _residual(self, 2, _mlp(self, train), x, train)
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, attention to the encoded source, then the MLP.
+
+    "Attention Is All You Need", arXiv 1706.03762, section 3.1.
+
+    Attributes:
+      attention: makes a `MultiHeadAttention` from `causal=` and `name=`.
+      The others are those of `EncoderBlock`.
+    """
+
+    attention: Callable[..., nn.Module]
+    mlp_dim: int
+    dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    norm_first: bool = True
+    layer_norm_eps: float = 1e-6
+    activation: str = 'gelu'
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        encoded: Array,
+        *,
+        self_mask: Array | None = None,
+        cross_mask: Array | None = None,
+        decode: bool = False,
+        train: bool = False,
+    ) -> Array:
+        """Decodes tokens.
+
+        Args:
+          x: `[B, T, D]`, the target; token t sees tokens up to t.
+          encoded: `[B, S, E]`, the source.
+          self_mask: broadcastable to `[B, N, T, T]`, beside the causal mask.
+          cross_mask: broadcastable to `[B, N, T, S]`.
+          decode: whether `x` follows the tokens of earlier calls, see
+            `MultiHeadAttention`.
+          train: whether dropout is on.
+
+        Returns:
+          `[B, T, D]`.
+
+        >>> import jax
+        >>> from functools import partial
+        >>> from vit_jax.layers.attention import MultiHeadAttention
+        >>> block = DecoderBlock(partial(MultiHeadAttention, num_heads=2), mlp_dim=16)
+        >>> target, source = jnp.ones((3, 5, 8)), jnp.ones((3, 7, 8))
+        >>> params = block.init(jax.random.key(0), target, source)
+        >>> block.apply(params, target, source).shape
+        (3, 5, 8)
+        """
+
+        def attend_self(x: Array) -> Array:
+            attention = self.attention(causal=True, name='self_attention')
+            x = attention(x, mask=self_mask, decode=decode, train=train)
+            return Dropout(self.dropout_rate, name='self_dropout')(x, train=train)
+
+        def attend_source(x: Array) -> Array:
+            attention = self.attention(causal=False, name='cross_attention')
+            x = attention(x, encoded, mask=cross_mask, decode=decode, train=train)
+            return Dropout(self.dropout_rate, name='cross_dropout')(x, train=train)
+
+        x = _residual(self, 1, attend_self, x, train)
+        x = _residual(self, 2, attend_source, x, train)
+        return _residual(self, 3, _mlp(self, train), x, train)
+
+
+def _residual(
+    block: EncoderBlock | DecoderBlock,
+    i: int,
+    branch: Callable[[Array], Array],
+    x: Array,
+    train: bool,
+) -> Array:
+    """x + branch(norm(x)), or norm(x + branch(x)): the `i`-th of a block."""
+    norm = nn.LayerNorm(block.layer_norm_eps, dtype=block.dtype, name=f'norm{i}')
+    drop_path = DropPath(block.drop_path_rate, name=f'drop_path{i}')
+    if block.norm_first:
+        return x + drop_path(branch(norm(x)), train=train)
+    return norm(x + drop_path(branch(x), train=train))
+
+
+def _mlp(block: EncoderBlock | DecoderBlock, train: bool) -> Callable[[Array], Array]:
+    mlp = MlpBlock(
+        block.mlp_dim,
+        block.dropout_rate,
+        block.activation,
+        kernel_init=block.kernel_init,
+        dtype=block.dtype,
+        name='mlp',
+    )
+    return lambda x: mlp(x, train=train)
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

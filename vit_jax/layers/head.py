@@ -23,7 +23,7 @@ class Head(nn.Module):
       representation_size: size of the tanh layer before the classifier; None for
         no such layer.
       layer_norm_eps: epsilon of the LayerNorms.
-      gelu_variant, attention_impl: of the 'map' pooling.
+      activation, attention_impl: of the 'map' pooling.
       head_init: initializer of the classifier's kernel.
       dtype: dtype of the computation; the classifier computes in float32.
     """
@@ -34,7 +34,7 @@ class Head(nn.Module):
     mlp_dim: int
     representation_size: int | None = None
     layer_norm_eps: float = 1e-6
-    gelu_variant: str = 'exact'
+    activation: str = 'gelu'
     attention_impl: str = 'auto'
     head_init: Initializer = nn.initializers.zeros
     dtype: Dtype = jnp.float32
@@ -50,7 +50,7 @@ class Head(nn.Module):
                 self.num_heads,
                 self.mlp_dim,
                 self.layer_norm_eps,
-                self.gelu_variant,
+                self.activation,
                 self.attention_impl,
                 dtype=self.dtype,
                 name='pool',

@@ -1,5 +1,8 @@
 """The MLP of a Transformer block: it transforms each token by itself."""
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -7,36 +10,43 @@ from vit_jax.errors import unknown
 from vit_jax.layers.stochastic import Dropout
 from vit_jax.typing import Array, Dtype, Initializer
 
-GELUS = ('exact', 'tanh')
+# x Phi(x), "Gaussian Error Linear Units", arXiv 1606.08415: by the error function, as
+# PyTorch's models, or by the approximation that is JAX's default.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'gelu': partial(nn.gelu, approximate=False),
+    'gelu_tanh': partial(nn.gelu, approximate=True),
+    'relu': nn.relu,
+}
 
 
-def gelu(x: Array, variant: str = 'exact') -> Array:
-    """x Phi(x), "Gaussian Error Linear Units", arXiv 1606.08415.
+def get_activation(name: str) -> Callable[[Array], Array]:
+    """The activation of that name.
 
     Args:
-      x: any shape.
-      variant: 'exact' (erf, as PyTorch's models) or 'tanh' (its approximation, as
-        JAX's default).
+      name: 'gelu' (exact), 'gelu_tanh' (approximate) or 'relu'.
+
+    Raises:
+      UserError: for another name.
     """
-    if variant not in GELUS:
-        raise unknown('GELU variant', variant, GELUS)
-    return nn.gelu(x, approximate=variant == 'tanh')
+    if name not in ACTIVATIONS:
+        raise unknown('activation', name, ACTIVATIONS)
+    return ACTIVATIONS[name]
 
 
 class MlpBlock(nn.Module):
-    """Two linear maps with a GELU between.
+    """Two linear maps with an activation between.
 
     Attributes:
       mlp_dim: F, the hidden size.
       dropout_rate: dropout after each linear map.
-      gelu_variant: 'exact' or 'tanh'.
+      activation: see `get_activation`.
       kernel_init: initializer of both kernels.
       dtype: dtype of the computation; parameters are float32.
     """
 
     mlp_dim: int
     dropout_rate: float = 0.0
-    gelu_variant: str = 'exact'
+    activation: str = 'gelu'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: Dtype = jnp.float32
 
@@ -46,7 +56,7 @@ class MlpBlock(nn.Module):
         width = x.shape[-1]
         dense = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
         x = nn.Dense(self.mlp_dim, name='fc1', **dense)(x)
-        x = gelu(x, self.gelu_variant)
+        x = get_activation(self.activation)(x)
         x = Dropout(self.dropout_rate, name='dropout1')(x, train=train)
         x = nn.Dense(width, name='fc2', **dense)(x)
         return Dropout(self.dropout_rate, name='dropout2')(x, train=train)

@@ -38,7 +38,7 @@ class AttentionPool(nn.Module):
       num_heads: heads of the attention.
       mlp_dim: hidden size of the MLP.
       layer_norm_eps: epsilon of the LayerNorm.
-      gelu_variant: 'exact' or 'tanh'.
+      activation: see `get_activation`.
       attention_impl: see `dot_product_attention`.
       dtype: dtype of the computation; parameters are float32.
     """
@@ -46,7 +46,7 @@ class AttentionPool(nn.Module):
     num_heads: int
     mlp_dim: int
     layer_norm_eps: float = 1e-6
-    gelu_variant: str = 'exact'
+    activation: str = 'gelu'
     attention_impl: str = 'auto'
     dtype: Dtype = jnp.float32
 
@@ -65,7 +65,7 @@ class AttentionPool(nn.Module):
         y = nn.LayerNorm(epsilon=self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
         mlp = MlpBlock(
             self.mlp_dim,
-            gelu_variant=self.gelu_variant,
+            activation=self.activation,
             dtype=self.dtype,
             name='mlp',
         )

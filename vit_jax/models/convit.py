@@ -52,7 +52,7 @@ class ConViT(nn.Module):
     attention_dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     layer_norm_eps: float = 1e-6
-    gelu_variant: str = 'exact'
+    activation: str = 'gelu'
     gpsa_impl: str = 'auto'
     attention_impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.normal(0.02)
@@ -125,7 +125,7 @@ class ConViT(nn.Module):
                 self.dropout_rate,
                 drop_path_rate=rate,
                 layer_norm_eps=self.layer_norm_eps,
-                gelu_variant=self.gelu_variant,
+                activation=self.activation,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
                 name=f'block{i:02d}',
@@ -137,7 +137,7 @@ class ConViT(nn.Module):
             self.num_heads,
             self.mlp_dim,
             layer_norm_eps=self.layer_norm_eps,
-            gelu_variant=self.gelu_variant,
+            activation=self.activation,
             attention_impl=self.attention_impl,
             head_init=self.head_init,
             dtype=self.dtype,

@@ -40,7 +40,7 @@ class ViT(nn.Module):
       attention_dropout_rate: dropout of the attention weights.
       drop_path_rate: stochastic depth of the last block, growing from 0.
       layer_norm_eps: epsilon of the LayerNorms.
-      gelu_variant: 'exact' or 'tanh'.
+      activation: see `get_activation`.
       attention_impl: see `dot_product_attention`.
       kernel_init: initializer of the linear maps.
       head_init: initializer of the classifier's kernel.
@@ -63,7 +63,7 @@ class ViT(nn.Module):
     attention_dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     layer_norm_eps: float = 1e-6
-    gelu_variant: str = 'exact'
+    activation: str = 'gelu'
     attention_impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     head_init: Initializer = nn.initializers.zeros
@@ -118,7 +118,7 @@ class ViT(nn.Module):
                 self.dropout_rate,
                 drop_path_rate=rate,
                 layer_norm_eps=self.layer_norm_eps,
-                gelu_variant=self.gelu_variant,
+                activation=self.activation,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
                 name=f'block{i:02d}',
@@ -131,7 +131,7 @@ class ViT(nn.Module):
             self.mlp_dim,
             representation_size=self.representation_size,
             layer_norm_eps=self.layer_norm_eps,
-            gelu_variant=self.gelu_variant,
+            activation=self.activation,
             attention_impl=self.attention_impl,
             head_init=self.head_init,
             dtype=self.dtype,
