@@ -88,7 +88,10 @@ def test_decoder_block_drops_each_of_its_branches():
     plain, params, x, encoded = make_decoder()
     out = reference.apply(plain, params, x, encoded)
     rng = jax.random.key(0)
-    for fields in ({'dropout_rate': 0.5}, {'drop_path_rate': 0.5}):
+    for fields in (
+        {'dropout_rate': 0.5},
+        {'drop_path_rate': 0.5},
+    ):
         block = make_decoder(**fields)[0]
         np.testing.assert_array_equal(reference.apply(block, params, x, encoded), out)
         for branch in ('self_attention', 'cross_attention', 'mlp'):
@@ -101,6 +104,13 @@ def test_decoder_block_drops_each_of_its_branches():
             kept = reference.apply(block, *args)
             trained = reference.apply(block, *args, train=True, rng=rng)
             assert np.any(kept != trained), branch
+
+
+def test_drop_path_with_the_norms_after_the_sums():
+    block, params, x = make_block(Keep, norm_first=False, drop_path_rate=0.5)
+    plain = reference.apply(block, params, x)
+    dropped = reference.apply(block, params, x, train=True, rng=jax.random.key(0))
+    assert np.any(dropped != plain)
 
 
 def test_any_attention_serves():

@@ -161,5 +161,6 @@ def test_decoder_block_decodes_as_in_one_pass(norm_first, lengths):
     params = reference.random_params(block, x, encoded)
     whole = reference.apply(block, params, x, encoded, cross_mask=cross_mask)
     parts = np.split(x, np.cumsum(lengths)[:-1], axis=1)
-    out, _ = decode(block, params, parts, encoded, cross_mask=cross_mask)
+    out, cache = decode(block, params, parts, encoded, cross_mask=cross_mask)
+    assert set(cache) == {'self_attention', 'cross_attention'}
     reference.assert_close(out, whole, 2e-6)

@@ -10,13 +10,11 @@ import pytest
 from vit_jax.errors import UserError
 from vit_jax.layers.psa import (
     GPSA,
-    conv_init,
+    PSA,
     gated_positional_attention,
     gpsa_weights,
-    positional_factors,
-    positional_weights,
-    relative_positions,
 )
+from vit_jax.layers.relative import conv_init
 
 IMPLS = ('factored', 'split', 'dense')
 B, N, H = 2, 4, 3
@@ -71,42 +69,6 @@ def reference_output_and_gradients(inputs, cotangent, grid):
     dgating = dgate * gate * (1 - gate)
     grads = (dquery, dkey, dvalue, dkernel, np.zeros(N), dgating)
     return out, dict(zip(NAMES, grads))
-
-
-def test_relative_positions_by_hand():
-    features = relative_positions((2, 3))
-    assert features.shape == (6, 6, 3)
-    np.testing.assert_array_equal(features[0, 5], [2, 1, 5])
-    np.testing.assert_array_equal(features[5, 0], [-2, -1, 5])
-    np.testing.assert_array_equal(features[1, 3], [-1, 1, 2])
-    np.testing.assert_array_equal(features, reference.relative_positions((2, 3)))
-
-
-def test_neighbours_on_a_rectangular_grid_are_one_apart():
-    features = relative_positions((4, 9))
-    for token in range(27):
-        np.testing.assert_array_equal(features[token, token + 9], [0, 1, 1])
-    for token in range(36 - 1):
-        row_end = token % 9 == 8
-        expected = [-8, 1, 65] if row_end else [1, 0, 1]
-        np.testing.assert_array_equal(features[token, token + 1], expected)
-
-
-@pytest.mark.parametrize('grid', [(1, 1), (2, 3), (4, 9), (7, 1)])
-def test_positional_weights_and_factors_equal_the_loops(grid):
-    inputs = random_inputs(grid)
-    kernel = inputs['kernel']
-    expected = reference.position_weights(kernel, grid)
-    for bias in (None, inputs['bias']):
-        weights = jax.jit(partial(positional_weights, grid=grid))(kernel, bias)
-        reference.assert_close(weights, expected)
-    rows, cols = jax.jit(partial(positional_factors, grid=grid))(kernel)
-    assert rows.shape == (N, grid[0], grid[0])
-    assert cols.shape == (N, grid[1], grid[1])
-    reference.assert_close(rows.sum(axis=-1), np.ones((N, grid[0])), 1e-6)
-    reference.assert_close(cols.sum(axis=-1), np.ones((N, grid[1])), 1e-6)
-    product = np.stack([np.kron(r, c) for r, c in zip(rows, cols)])
-    reference.assert_close(product, expected)
 
 
 @pytest.mark.parametrize('impl', IMPLS)
@@ -184,28 +146,6 @@ def neighbours(num_heads):
     centre = (side - 1) / 2
     heads = range(num_heads)
     return [(head % side - centre, head // side - centre) for head in heads]
-
-
-@pytest.mark.parametrize('num_heads', [4, 9, 16])
-def test_conv_init_attends_to_the_nearest_of_each_neighbour(num_heads):
-    grid = (5, 7)
-    kernel = conv_init(num_heads, locality_strength=50.0)
-    assert kernel.dtype == np.float32
-    weights = np.asarray(positional_weights(kernel, None, grid))
-    for head, (dy, dx) in enumerate(neighbours(num_heads)):
-        for query, key_offsets in enumerate(reference.relative_positions(grid)):
-            far = (key_offsets[:, 0] - dx) ** 2 + (key_offsets[:, 1] - dy) ** 2
-            nearest = far == far.min()  # several for an even side, and at no border
-            expected = nearest / nearest.sum()
-            np.testing.assert_allclose(weights[head, query], expected, atol=1e-5)
-
-
-def test_conv_init_by_hand():
-    # Nine heads, head 1 + 3 * 2: dy = 0, dx = 1. Twice the centre, then -1.
-    np.testing.assert_array_equal(conv_init(9)[:, 7], [2, 0, -1])
-    np.testing.assert_array_equal(conv_init(9, 0.5)[:, 3], [0, -1, -0.5])
-    # Four heads, head 1 + 2 * 0: dy = 1/2, dx = -1/2.
-    np.testing.assert_array_equal(conv_init(4)[:, 1], [-1, 1, -1])
 
 
 @pytest.mark.parametrize('num_heads', [2, 3, 12, 15])
@@ -294,6 +234,14 @@ def test_sown_weights_reproduce_the_output():
     reference.assert_close(plain, reference.merge(params['out'], mixed))
 
 
+def test_sown_gates_are_those_after_the_sigmoid():
+    module, params, x = random_module()
+    _, sown = reference.apply(module, params, x, mutable='intermediates')
+    (gates,) = sown['intermediates']['gates']
+    expected = reference.sigmoid(np.float64(params['gating']))
+    reference.assert_close(gates, expected, 1e-6)
+
+
 def test_dropout_of_the_weights_is_for_training_only():
     module, params, x = random_module(dropout_rate=0.5)
     plain = reference.apply(module, params, x)
@@ -339,3 +287,96 @@ def test_unknown_impls_offer_the_nearest(kwargs, message):
 def test_heads_that_do_not_divide_the_width_are_told():
     with pytest.raises(UserError, match='num_heads 4 does not divide the width 10'):
         reference.init_shapes(GPSA(4, (2, 3)), jnp.zeros((1, 6, 10)))
+
+
+PSA_FIELDS = {
+    'quadratic': {'qkv_bias': True},
+    'own sizes': {'head_dim': 7, 'out_dim': 11},
+    'table': {'encoding': 'table', 'table_dim': 5},
+}
+
+
+def psa_reference(params, x):
+    """Attention with the score v r of each offset added to the logits."""
+    kernel = params['position_kernel']
+    if 'position_table' in params:
+        scores = np.zeros((15, 15, N))
+        for i, j in np.ndindex(15, 15):
+            dx, dy, _ = map(int, reference.relative_position(i, j, GRID))
+            row = params['position_table'][GRID[0] - 1 + dy, GRID[1] - 1 + dx]
+            scores[i, j] = row @ kernel
+    else:
+        scores = reference.relative_positions(GRID) @ kernel
+    bias = np.moveaxis(scores, -1, 0)
+    return reference.multi_head_attention(params, x, bias=bias)
+
+
+@pytest.mark.parametrize('impl', ['xla', 'chunked', 'dense'])
+@pytest.mark.parametrize('case', PSA_FIELDS)
+def test_psa_equals_the_loops(case, impl):
+    fields = PSA_FIELDS[case]
+    module = PSA(N, GRID, impl=impl, **fields)
+    (x,) = reference.random_arrays(3, (B, 15, N * H))
+    params = reference.random_params(module, x)
+    out = reference.apply(module, params, x)
+    assert out.shape == (B, 15, fields.get('out_dim', N * H))
+    reference.assert_close(out, psa_reference(reference.float64(params), x))
+    sown_out, sown = reference.apply(module, params, x, mutable='intermediates')
+    reference.assert_close(sown_out, out)
+    (weights,) = sown['intermediates']['attention_weights']
+    reference.assert_close(weights.sum(axis=-1), np.ones((B, N, 15)), 1e-6)
+
+
+@pytest.mark.parametrize('impl', ['xla', 'chunked', 'dense'])
+def test_psa_in_bfloat16_keeps_its_positions_in_float32(impl):
+    module = PSA(N, GRID, dtype=jnp.bfloat16, impl=impl)
+    (x,) = reference.random_arrays(3, (B, 15, N * H))
+    params = reference.random_params(module, x)
+    out = reference.apply(module, params, jnp.bfloat16(x))
+    assert out.dtype == jnp.bfloat16
+    expected = psa_reference(reference.float64(params), x)
+    np.testing.assert_allclose(np.float32(out), expected, atol=0.05)
+
+
+def test_psa_dropout_of_the_weights_is_for_training_only():
+    module = PSA(N, GRID, dropout_rate=0.5)
+    (x,) = reference.random_arrays(3, (B, 15, N * H))
+    params = reference.random_params(module, x)
+    plain = reference.apply(module, params, x)
+    reference.assert_close(plain, psa_reference(reference.float64(params), x))
+    rng = jax.random.key(1)
+    assert (
+        np.mean(reference.apply(module, params, x, train=True, rng=rng) != plain) > 0.9
+    )
+
+
+def test_psa_starts_local_when_asked():
+    x = jnp.zeros((1, 15, 36))
+    params = reference.init(PSA(9, GRID, local_init=True, locality_strength=2.0), x)
+    np.testing.assert_array_equal(params['position_kernel'], conv_init(9, 2.0))
+    params = reference.init(PSA(9, GRID), x)
+    assert np.any(params['position_kernel'] != conv_init(9))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'encoding': 'tabel'}, "PSA encoding 'tabel'; did you mean 'table'"),
+        ({'local_init': True, 'encoding': 'table'}, "needs encoding='quadratic'"),
+        ({'local_init': True, 'num_heads': 6}, 'a square number of heads.*not 6'),
+        ({'num_heads': 5}, 'num_heads 5 does not divide the width 12'),
+        ({'grid': (4, 4)}, '15 tokens do not fill a grid of 4x4'),
+    ],
+)
+def test_psa_tells_what_does_not_fit(fields, message):
+    module = PSA(**{'num_heads': N, 'grid': GRID, **fields})
+    with pytest.raises(UserError, match=message):
+        reference.init_shapes(module, jnp.zeros((1, 15, 12)))
+
+
+def test_psa_table_of_another_grid_is_told():
+    x = jnp.zeros((1, 15, 12))
+    params = reference.init(PSA(N, (3, 5), encoding='table'), x)
+    message = '8 features on a grid of 3x5 tokens; this layer has 8 on 5x3'
+    with pytest.raises(UserError, match=message):
+        PSA(N, (5, 3), encoding='table').apply({'params': params}, x)

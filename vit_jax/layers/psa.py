@@ -1,13 +1,18 @@
-"""Gated positional self-attention (GPSA), the layer of ConViT.
+"""Positional self-attention, plain (PSA) and gated (GPSA, the layer of ConViT).
 
 "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases",
-arXiv 2103.10697, equations 6 to 9. For tokens i, j on a grid and their offset
-delta = j - i = (dx, dy), each head mixes content and position by a learned gate:
+arXiv 2103.10697, equations 4 to 9. For tokens i, j on a grid and their offset
+delta = j - i = (dx, dy), a head of PSA adds a score of the offset to that of the
+content, and with enough heads it can compute any convolution (`psa_from_conv`):
+
+    A = softmax(q k^T / sqrt(H) + v r)
+
+A head of GPSA mixes content and position by a learned gate:
 
     A = (1 - sigmoid(gating)) softmax(q k^T / sqrt(H))
         + sigmoid(gating) softmax(v1 dx + v2 dy + v3 (dx^2 + dy^2))
 
-Three facts make this as cheap as plain attention, and exact:
+Three facts make GPSA as cheap as plain attention, and exact:
 
 1. Both softmaxes have rows that sum to one, so A has too: nothing is renormalised.
 2. A v = (1 - g) attention(q, k, v) + g P v. The content half is plain attention,
@@ -18,13 +23,13 @@ Three facts make this as cheap as plain attention, and exact:
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError, times, unknown
 from vit_jax.layers.attention import (
     apply_weights,
     attention_weights,
@@ -34,69 +39,18 @@ from vit_jax.layers.attention import (
     project_heads,
     resolve_head_dim,
 )
+from vit_jax.layers.relative import (
+    check_grid,
+    conv_init,
+    offset_logits,
+    positional_factors,
+    positional_logits,
+    positional_weights,
+)
 from vit_jax.layers.stochastic import Dropout
-from vit_jax.typing import Array, Dtype, Grid, Initializer
+from vit_jax.typing import Array, Dtype, Grid, Initializer, Shape
 
 GPSA_IMPLS = ('auto', 'factored', 'split', 'dense')
-
-
-def relative_positions(grid: Grid) -> np.ndarray:
-    """The features (dx, dy, dx^2 + dy^2) of every pair, key minus query.
-
-    Args:
-      grid: (rows, columns); tokens are numbered row by row.
-
-    Returns:
-      `[T, T, 3]` float32, indexed by query, then key.
-
-    >>> relative_positions((2, 3))[0, 5]
-    array([2., 1., 5.], dtype=float32)
-    """
-    rows, cols = grid
-    y, x = np.divmod(np.arange(rows * cols), cols)
-    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
-    return np.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(np.float32)
-
-
-def positional_weights(kernel: Array, bias: Array | None, grid: Grid) -> Array:
-    """softmax over keys of the position scores: the matrix P, whole.
-
-    Args:
-      kernel: `[3, N]`, the v of the features (dx, dy, dx^2 + dy^2).
-      bias: `[N]` or None. The softmax cancels it; published models carry it.
-      grid: (rows, columns).
-
-    Returns:
-      `[N, T, T]`.
-    """
-    # Squared distances do not fit the short mantissas of fast matrix units.
-    logits = jnp.einsum(
-        'TSF,FN->NTS', relative_positions(grid), kernel, precision='highest'
-    )
-    if bias is not None:
-        logits = logits + bias[:, None, None]
-    return jax.nn.softmax(logits, axis=-1)
-
-
-def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
-    """P as a Kronecker product: P[(r, c), (s, d)] = rows[r, s] * columns[c, d].
-
-    Args:
-      kernel: `[3, N]`, the v of the features (dx, dy, dx^2 + dy^2).
-      grid: (rows, columns).
-
-    Returns:
-      `[N, R, R]` and `[N, C, C]`, each with rows that sum to one.
-    """
-    linear_x, linear_y, square = kernel[:, :, None, None]
-
-    def weights(linear: Array, length: int) -> Array:
-        delta = np.arange(length)[None, :] - np.arange(length)[:, None]
-        delta = delta.astype(np.float32)
-        return jax.nn.softmax(linear * delta + square * delta**2, axis=-1)
-
-    rows, cols = grid
-    return weights(linear_y, rows), weights(linear_x, cols)
 
 
 def gated_positional_attention(
@@ -191,59 +145,198 @@ def _apply_factors(factors: tuple[Array, Array], value: Array, grid: Grid) -> Ar
     return v.reshape(heads, -1, batch, size).transpose(2, 1, 0, 3)
 
 
-def check_grid(num_tokens: int, grid: Grid) -> None:
-    """Raises UserError unless `num_tokens` tokens fill the grid."""
-    rows, cols = grid
-    if rows * cols != num_tokens:
-        raise UserError(
-            f'{num_tokens} tokens do not fill a grid of {rows}x{cols} = {rows * cols}; '
-            'GPSA takes the grid (rows, columns) of its tokens, without class token'
-        )
-
-
-def conv_init(num_heads: int, locality_strength: float = 1.0) -> np.ndarray:
-    """Position weights with which k^2 heads attend to the k x k neighbours.
-
-    Head h1 + k h2 is centred on the offset dy = h1 - (k - 1) / 2,
-    dx = h2 - (k - 1) / 2: the exponent is -strength * |delta - centre|^2 up to a
-    constant (ConViT, section 3, "convolutional initialisation").
-
-    Args:
-      num_heads: N, a square.
-      locality_strength: how sharply a head attends to its centre.
-
-    Returns:
-      `[3, N]` float32.
-
-    Raises:
-      UserError: when `num_heads` is no square.
-
-    >>> conv_init(9)[:, 0 + 3 * 2]
-    array([ 2., -2., -1.], dtype=float32)
-    """
-    side = math.isqrt(num_heads)
-    if side**2 != num_heads:
-        raise UserError(
-            f'convolutional initialisation needs a square number of heads (4, 9, 16), '
-            f'not {num_heads}; change num_heads or set local_init=False'
-        )
-    h2, h1 = np.divmod(np.arange(num_heads), side)
-    centre_x, centre_y = h2 - (side - 1) / 2, h1 - (side - 1) / 2
-    kernel = np.stack([2 * centre_x, 2 * centre_y, np.full(num_heads, -1.0)])
-    return (locality_strength * kernel).astype(np.float32)
-
-
 def identity_heads(rng: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
     """The value projection at the start: each head sees its own slice of the input."""
     del rng
     return jnp.eye(shape[0], math.prod(shape[1:]), dtype=dtype).reshape(shape)
 
 
-class GPSA(nn.Module):
-    """Gated positional self-attention over a grid of tokens.
+class PSA(nn.Module):
+    """Positional self-attention over a grid of tokens (ConViT, equation 4).
 
     The weights are sown as `intermediates/attention_weights` `[B, N, T, T]` when
     the caller makes that collection mutable, and that pass computes them densely.
+
+    Attributes:
+      num_heads: heads; a square where `local_init`.
+      grid: (rows, columns) of the tokens.
+      head_dim: size per head; None for width / num_heads.
+      out_dim: width of the output; None for that of the input.
+      encoding: the r of an offset: 'quadratic', the features (dx, dy, dx^2 + dy^2),
+        or 'table', a learned row of `table_dim` features per offset.
+      table_dim: features of a row of the table.
+      local_init: attend to a square of neighbours at the start, see `conv_init`.
+      locality_strength: sharpness of that start.
+      qkv_bias: whether query, key and value have biases; the output always has.
+      dropout_rate: dropout of the attention weights (dense computation).
+      impl: see `dot_product_attention`.
+      kernel_init: initializer of the linear maps, of v and of the table.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    num_heads: int
+    grid: Grid
+    head_dim: int | None = None
+    out_dim: int | None = None
+    encoding: str = 'quadratic'
+    table_dim: int = 8
+    local_init: bool = False
+    locality_strength: float = 1.0
+    qkv_bias: bool = False
+    dropout_rate: float = 0.0
+    impl: str = 'auto'
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Lets the tokens of the grid attend to each other.
+
+        Args:
+          x: `[B, T, D]`, T = rows * columns, row by row, without class token.
+          train: whether dropout is on.
+
+        Returns:
+          `[B, T, out_dim]`.
+
+        Raises:
+          UserError: when T does not fill the grid, `num_heads` does not divide D,
+            `encoding` is unknown, `local_init` does not go with the heads or the
+            encoding, or the grid is not that of the table.
+
+        >>> layer = PSA(num_heads=2, grid=(3, 5), out_dim=4, encoding='table')
+        >>> x = jnp.ones((2, 15, 8))
+        >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+        (2, 15, 4)
+        """
+        width = x.shape[-1]
+        check_grid(x.shape[1], self.grid)
+        query, key, value = (
+            project_heads(
+                self.num_heads,
+                resolve_head_dim(width, self.num_heads, self.head_dim),
+                kernel_init=self.kernel_init,
+                use_bias=self.qkv_bias,
+                dtype=self.dtype,
+                name=name,
+            )(x)
+            for name in ('query', 'key', 'value')
+        )
+        position = self._position_logits()[None]
+        if needs_weights(self, self.dropout_rate, train):
+            weights = attention_weights(query, key, bias=position)
+            self.sow('intermediates', 'attention_weights', weights)
+            weights = Dropout(self.dropout_rate, name='dropout')(weights, train=train)
+            out = apply_weights(weights, value)
+        else:
+            out = dot_product_attention(
+                query, key, value, bias=position, impl=self.impl
+            )
+        return merge_heads(
+            width if self.out_dim is None else self.out_dim,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            name='out',
+        )(out)
+
+    def _position_logits(self) -> Array:
+        """v r of every pair of tokens, `[N, T, T]`."""
+        if self.encoding == 'quadratic':
+            kernel = self.param('position_kernel', self._init_position, 3)
+            return positional_logits(kernel, None, self.grid)
+        if self.encoding != 'table':
+            raise unknown('PSA encoding', self.encoding, ('quadratic', 'table'))
+        rows, cols = self.grid
+        shape = (2 * rows - 1, 2 * cols - 1, self.table_dim)
+        if self.has_variable('params', 'position_table'):
+            stored: Shape = self.get_variable('params', 'position_table').shape
+            if stored != shape:
+                old = ((stored[0] + 1) // 2, (stored[1] + 1) // 2)
+                raise UserError(
+                    f'the position table has {stored[2]} features on a grid of '
+                    f'{times(old)} tokens; this layer has {shape[2]} on '
+                    f'{times(self.grid)}'
+                )
+        table = self.param('position_table', self.kernel_init, shape, jnp.float32)
+        kernel = self.param('position_kernel', self._init_position, self.table_dim)
+        return offset_logits(table @ kernel, self.grid)
+
+    def _init_position(self, rng: Array, num_features: int) -> Array:
+        if not self.local_init:
+            return self.kernel_init(rng, (num_features, self.num_heads))
+        if self.encoding != 'quadratic':
+            raise UserError("local_init needs encoding='quadratic'")
+        return jnp.asarray(conv_init(self.num_heads, self.locality_strength))
+
+
+def psa_from_conv(
+    kernel: Array, bias: Array | None = None, locality_strength: float = 100.0
+) -> dict[str, Any]:
+    """The parameters with which PSA computes a convolution of stride 1.
+
+    Each of the K^2 heads attends to one offset of the kernel and carries all input
+    channels there; the output map holds the kernel ("On the Relationship between
+    Self-Attention and Convolutional Layers", arXiv 1911.03584, theorem 1). Where the
+    offset leaves the image, the nearest token is attended to: the convolution is that
+    of the image padded by its edges.
+
+    Args:
+      kernel: `[K, K, D, out_dim]`, K odd.
+      bias: `[out_dim]`, or None for zeros.
+      locality_strength: the weights on other offsets are exp(-strength) and less.
+
+    Returns:
+      The params of `PSA(num_heads=K * K, head_dim=D, out_dim=out_dim)` on any grid.
+
+    Raises:
+      UserError: for a kernel that is not square with an odd side.
+
+    >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 5))
+    >>> image = jax.random.normal(jax.random.key(1), (1, 4, 7, 2))
+    >>> layer = PSA(num_heads=9, grid=(4, 7), head_dim=2, out_dim=5)
+    >>> params = psa_from_conv(kernel)
+    >>> out = layer.apply({'params': params}, image.reshape(1, 28, 2))
+    >>> padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode='edge')
+    >>> conv = nn.Conv(5, (3, 3), padding='VALID', use_bias=False)
+    >>> expected = conv.apply({'params': {'kernel': kernel}}, padded)
+    >>> bool(jnp.allclose(out.reshape(1, 4, 7, 5), expected, atol=1e-5))
+    True
+    """
+    if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1]:
+        raise UserError(
+            f'psa_from_conv takes a kernel [K, K, in, out]; got {kernel.shape}'
+        )
+    side, _, width, out_dim = kernel.shape
+    if side % 2 == 0:
+        raise UserError(
+            f'psa_from_conv needs a kernel of odd side, whose centre is a token; got '
+            f'{side}x{side}'
+        )
+    heads = side**2
+    nothing = {'kernel': jnp.zeros((width, heads, width), kernel.dtype)}
+    everything = jnp.broadcast_to(
+        jnp.eye(width, dtype=kernel.dtype)[:, None], (width, heads, width)
+    )
+    # Head h1 + K h2 attends to row h1 and column h2 of the kernel.
+    out = jnp.swapaxes(kernel, 0, 1).reshape(heads, width, out_dim)
+    return {
+        'query': nothing,
+        'key': nothing,
+        'value': {'kernel': everything},
+        'position_kernel': jnp.asarray(conv_init(heads, locality_strength)),
+        'out': {
+            'kernel': out,
+            'bias': jnp.zeros(out_dim, kernel.dtype) if bias is None else bias,
+        },
+    }
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention over a grid of tokens.
+
+    The weights are sown as `intermediates/attention_weights` `[B, N, T, T]` and the
+    gates, after the sigmoid, as `intermediates/gates` `[N]` when the caller makes
+    that collection mutable, and that pass computes the weights densely.
 
     Attributes:
       num_heads: heads; a square where `local_init`.
@@ -309,6 +402,7 @@ class GPSA(nn.Module):
         gating = self.param(
             'gating', nn.initializers.ones, (self.num_heads,), jnp.float32
         )
+        self.sow('intermediates', 'gates', jax.nn.sigmoid(gating))
         if needs_weights(self, self.dropout_rate, train):
             weights = gpsa_weights(query, key, kernel, bias, gating, self.grid)
             self.sow('intermediates', 'attention_weights', weights)

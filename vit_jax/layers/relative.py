@@ -1,0 +1,152 @@
+"""Relative positions on a grid of tokens, and attention by position alone.
+
+A head that attends by position scores a key by its offset delta = (dx, dy) from the
+query: v r, with trainable v. The encoding r is either the three features (dx, dy,
+dx^2 + dy^2) of ConViT, with which a head can attend to any one offset, or free
+(a learned table with a row per offset). "ConViT", arXiv 2103.10697, section 3; "On
+the Relationship between Self-Attention and Convolutional Layers", arXiv 1911.03584.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.typing import Array, Grid
+
+
+def relative_positions(grid: Grid) -> np.ndarray:
+    """The features (dx, dy, dx^2 + dy^2) of every pair, key minus query.
+
+    Args:
+      grid: (rows, columns); tokens are numbered row by row.
+
+    Returns:
+      `[T, T, 3]` float32, indexed by query, then key.
+
+    >>> relative_positions((2, 3))[0, 5]
+    array([2., 1., 5.], dtype=float32)
+    """
+    rows, cols = grid
+    y, x = np.divmod(np.arange(rows * cols), cols)
+    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
+    return np.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(np.float32)
+
+
+def positional_logits(kernel: Array, bias: Array | None, grid: Grid) -> Array:
+    """v1 dx + v2 dy + v3 (dx^2 + dy^2) of every pair of tokens.
+
+    Args:
+      kernel: `[3, N]`, the v of the features (dx, dy, dx^2 + dy^2).
+      bias: `[N]` or None.
+      grid: (rows, columns).
+
+    Returns:
+      `[N, T, T]`, by query, then key.
+    """
+    # Squared distances do not fit the short mantissas of fast matrix units.
+    logits = jnp.einsum(
+        'TSF,FN->NTS', relative_positions(grid), kernel, precision='highest'
+    )
+    return logits if bias is None else logits + bias[:, None, None]
+
+
+def positional_weights(kernel: Array, bias: Array | None, grid: Grid) -> Array:
+    """softmax over keys of the position scores: the matrix P, whole.
+
+    Args:
+      kernel: `[3, N]`, the v of the features (dx, dy, dx^2 + dy^2).
+      bias: `[N]` or None. The softmax cancels it; published models carry it.
+      grid: (rows, columns).
+
+    Returns:
+      `[N, T, T]`.
+    """
+    return jax.nn.softmax(positional_logits(kernel, bias, grid), axis=-1)
+
+
+def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
+    """P as a Kronecker product: P[(r, c), (s, d)] = rows[r, s] * columns[c, d].
+
+    Args:
+      kernel: `[3, N]`, the v of the features (dx, dy, dx^2 + dy^2).
+      grid: (rows, columns).
+
+    Returns:
+      `[N, R, R]` and `[N, C, C]`, each with rows that sum to one.
+    """
+    linear_x, linear_y, square = kernel[:, :, None, None]
+
+    def weights(linear: Array, length: int) -> Array:
+        delta = np.arange(length)[None, :] - np.arange(length)[:, None]
+        delta = delta.astype(np.float32)
+        return jax.nn.softmax(linear * delta + square * delta**2, axis=-1)
+
+    rows, cols = grid
+    return weights(linear_y, rows), weights(linear_x, cols)
+
+
+def offset_logits(scores: Array, grid: Grid) -> Array:
+    """The scores of offsets, for every pair of tokens.
+
+    Args:
+      scores: `[2R - 1, 2C - 1, N]`: row R - 1 + dy, column C - 1 + dx for the offset
+        (dx, dy), key minus query.
+      grid: (rows, columns) = (R, C).
+
+    Returns:
+      `[N, T, T]`, by query, then key.
+
+    >>> scores = jnp.arange(3.0).reshape(1, 3, 1)  # of dx = -1, 0, 1
+    >>> offset_logits(scores, (1, 2))[0]
+    Array([[1., 2.],
+           [0., 1.]], dtype=float32)
+    """
+    rows, cols = grid
+    y, x = np.divmod(np.arange(rows * cols), cols)
+    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
+    return jnp.moveaxis(scores[rows - 1 + dy, cols - 1 + dx], -1, 0)
+
+
+def conv_init(num_heads: int, locality_strength: float = 1.0) -> np.ndarray:
+    """Position weights with which k^2 heads attend to the k x k neighbours.
+
+    Head h1 + k h2 is centred on the offset dy = h1 - (k - 1) / 2,
+    dx = h2 - (k - 1) / 2: the exponent is -strength * |delta - centre|^2 up to a
+    constant (ConViT, section 3, "convolutional initialisation").
+
+    Args:
+      num_heads: N, a square.
+      locality_strength: how sharply a head attends to its centre.
+
+    Returns:
+      `[3, N]` float32.
+
+    Raises:
+      UserError: when `num_heads` is no square.
+
+    >>> conv_init(9)[:, 0 + 3 * 2]
+    array([ 2., -2., -1.], dtype=float32)
+    """
+    side = math.isqrt(num_heads)
+    if side**2 != num_heads:
+        raise UserError(
+            f'convolutional initialisation needs a square number of heads (4, 9, 16), '
+            f'not {num_heads}; change num_heads or set local_init=False'
+        )
+    h2, h1 = np.divmod(np.arange(num_heads), side)
+    centre_x, centre_y = h2 - (side - 1) / 2, h1 - (side - 1) / 2
+    kernel = np.stack([2 * centre_x, 2 * centre_y, np.full(num_heads, -1.0)])
+    return (locality_strength * kernel).astype(np.float32)
+
+
+def check_grid(num_tokens: int, grid: Grid) -> None:
+    """Raises UserError unless `num_tokens` tokens fill the grid."""
+    rows, cols = grid
+    if rows * cols != num_tokens:
+        raise UserError(
+            f'{num_tokens} tokens do not fill a grid of {rows}x{cols} = {rows * cols}; '
+            'the grid is (rows, columns) of the tokens, without class token'
+        )
