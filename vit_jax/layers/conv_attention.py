@@ -1,0 +1,412 @@
+"""Attention inside CNNs: each module can stand where a 3x3 convolution stands.
+
+A spatial block is a module with the fields `features` and `strides` that maps
+`[B, R, C, D]` to `[B, ceil(R / strides), ceil(C / strides), features]`. Three are
+here, whose every position sees the whole map; the local one has its own file.
+
+    SAGANAttention   "Self-Attention Generative Adversarial Networks",
+                     arXiv 1805.08318
+    AugmentedConv    "Attention Augmented Convolutional Networks", arXiv 1904.09925
+    GlobalAttention  "Bottleneck Transformers for Visual Recognition",
+                     arXiv 2101.11605
+
+Each sows its weights as `intermediates/attention_weights` `[B, N, R, C, R', C']`
+(the queries' grid, then the keys') when the caller makes that collection mutable.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.errors import UserError, times
+from vit_jax.layers.attention import (
+    apply_weights,
+    attention_weights,
+    merge_heads,
+    project_heads,
+    resolve_head_dim,
+)
+from vit_jax.layers.conv import Conv
+from vit_jax.typing import Array, Dtype, Grid, Initializer
+
+
+def relative_logits(
+    query: Array, row_table: Array, column_table: Array, grid: Grid
+) -> Array:
+    """q_i . (rows[y_j - y_i] + columns[x_j - x_i]) for every pair of positions i, j.
+
+    "Attention Augmented Convolutional Networks", section 3.1. All heads share the
+    tables, whose middle row is the offset 0. The two axes meet in the result only:
+    beside it, nothing has T x T entries.
+
+    Args:
+      query: `[B, T, N, H]`, T = R * C, row by row.
+      row_table: `[2R - 1, H]`, for the offsets key minus query 1 - R, ..., R - 1.
+      column_table: `[2C - 1, H]`.
+      grid: (R, C).
+
+    Returns:
+      `[B, N, T, T]`, float32 (float64 where the query is). Nothing is scaled.
+
+    Raises:
+      UserError: for queries or tables that do not suit the grid.
+
+    >>> query, rows, columns = map(jnp.ones, [(2, 15, 3, 7), (5, 7), (9, 7)])
+    >>> relative_logits(query, rows, columns, (3, 5)).shape
+    (2, 3, 15, 15)
+    """
+    batch, length, heads, size = query.shape
+    tables = {'row': row_table, 'column': column_table}
+    if length != grid[0] * grid[1]:
+        raise UserError(f'{length} queries do not fill a grid of {times(grid)}')
+    for (axis, table), n in zip(tables.items(), grid):
+        if table.shape != (2 * n - 1, size):
+            raise UserError(
+                f'a grid of {times(grid)} and heads of size {size} need a {axis} table '
+                f'of shape {(2 * n - 1, size)}; got {table.shape}'
+            )
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    einsum = partial(jnp.einsum, preferred_element_type=dtype)
+    query = query.reshape(batch, *grid, heads, size)
+    rows, cols = (
+        _pairs(table, n).astype(query.dtype) for table, n in zip(tables.values(), grid)
+    )
+    by_row = einsum('BRCNH,RSH->BNRCS', query, rows)
+    by_col = einsum('BRCNH,CDH->BNRCD', query, cols)
+    logits = by_row[..., :, None] + by_col[..., None, :]
+    return logits.reshape(batch, heads, length, length)
+
+
+def _pairs(table: Array, length: int) -> Array:
+    """The entry of each pair on one axis: `[2 L - 1, H]` -> `[L, L, H]`."""
+    place = np.arange(length)
+    return table[place[None, :] - place[:, None] + length - 1]
+
+
+def average_pool(x: Array, strides: int, margin: int = 0) -> Array:
+    """The mean of each window, at borders of what exists.
+
+    Args:
+      x: `[B, R, C, D]`.
+      strides: a window at each so many positions, and so many wide.
+      margin: the windows begin so much earlier: with strides - 1 they are centred.
+
+    Returns:
+      `[B, ceil(R / strides), ceil(C / strides), D]`.
+
+    >>> average_pool(jnp.arange(3.0).reshape(1, 1, 3, 1), 2).ravel()
+    Array([0.5, 2. ], dtype=float32)
+    """
+    window, padding = (margin + strides,) * 2, ((margin, strides - 1),) * 2
+    pooled = nn.avg_pool(x, window, (strides, strides), padding, False)
+    return pooled.astype(x.dtype)
+
+
+def check_feature_map(module: nn.Module, x: Array, strides: int = 1) -> None:
+    """Raises UserError unless `x` is `[B, R, C, D]` and `strides` above 0."""
+    name = type(module).__name__
+    if x.ndim != 4:
+        raise UserError(f'{name} takes a map [B, R, C, D]; got shape {x.shape}')
+    if strides <= 0:
+        raise UserError(f'{name} takes strides above 0, not {strides}')
+
+
+def grid_of(x: Array) -> Grid:
+    """(R, C) of `x`, `[B, R, C, ...]`."""
+    return x.shape[1], x.shape[2]
+
+
+def to_tokens(x: Array) -> Array:
+    """`[B, R, C, ...]` -> `[B, T, ...]`, row by row."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def unscaled(query: Array) -> Array:
+    """`query` `[..., H]`, made so that attention's 1 / sqrt(H) cancels."""
+    return query * query.shape[-1] ** 0.5
+
+
+def _sow_weights(module: nn.Module, weights: Array, grid: Grid, key_grid: Grid) -> None:
+    weights = weights.reshape(*weights.shape[:2], *grid, *key_grid)
+    module.sow('intermediates', 'attention_weights', weights)
+
+
+class RelativePositions(nn.Module):
+    """Learned tables of relative positions, one a row offset, one a column offset."""
+
+    @nn.compact
+    def __call__(self, query: Array, grid: Grid) -> Array:
+        """Args: query, `[B, T, N, H]`. Returns `relative_logits`, `[B, N, T, T]`."""
+        self._check_grid(grid)
+        size = query.shape[-1]
+        init = nn.initializers.normal(size**-0.5)
+        rows, cols = (
+            self.param(name, init, (2 * length - 1, size), jnp.float32)
+            for name, length in zip(('rows', 'columns'), grid)
+        )
+        return relative_logits(query, rows, cols, grid)
+
+    def _check_grid(self, grid: Grid) -> None:
+        if not self.has_variable('params', 'rows'):
+            return
+        tables = self.variables['params']
+        expected = tuple((len(tables[n]) + 1) // 2 for n in ('rows', 'columns'))
+        if expected != tuple(grid):
+            raise UserError(
+                f'the model has relative positions for a map of {times(expected)}; '
+                f'this input has {times(grid)}'
+            )
+
+
+class SAGANAttention(nn.Module):
+    """x + gamma o, where o is attention over the whole map and gamma starts at 0.
+
+    SAGAN, section 3: one head, logits f(x_i) . g(x_j) without scaling, softmax over
+    the keys. The defaults are the paper's; its released code has a
+    `value_reduction` of 2 and a `key_pool` of 2. Where the shape has to change, a
+    1x1 convolution comes before all that, and average pooling behind.
+
+    Attributes:
+      features: channels of the output; None for those of the input.
+      strides: of the average pooling.
+      key_reduction: queries and keys have features / key_reduction channels.
+      value_reduction: the same of the values.
+      key_pool: side of the windows of which keys and values are the maximum; the last
+        ones, of an odd size, are of what exists.
+      kernel_init: initializer of the 1x1 convolutions, which have no biases.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    features: int | None = None
+    strides: int = 1
+    key_reduction: int = 8
+    value_reduction: int = 8
+    key_pool: int = 1
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Lets every position attend to all.
+
+        Args:
+          x: `[B, R, C, D]`.
+          train: changes nothing.
+
+        Returns:
+          `[B, ceil(R / strides), ceil(C / strides), features]`; at initialisation
+          the input itself, where its shape stays.
+
+        Raises:
+          UserError: for a wrong rank, a reduction that does not divide, or no pool.
+
+        >>> import jax
+        >>> x = jnp.ones((2, 3, 5, 16))
+        >>> out, _ = SAGANAttention().init_with_output(jax.random.key(0), x)
+        >>> bool((out == x).all())
+        True
+        """
+        del train
+        check_feature_map(self, x, self.strides)
+        features = x.shape[-1] if self.features is None else self.features
+        for reduction in (self.key_reduction, self.value_reduction):
+            if reduction <= 0 or features % reduction:
+                raise UserError(
+                    f'SAGANAttention cannot reduce {features} channels by {reduction}; '
+                    'change key_reduction or value_reduction'
+                )
+        if self.key_pool <= 0:
+            raise UserError(f'key_pool must be above 0, not {self.key_pool}')
+        pointwise = partial(
+            nn.Dense, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype
+        )
+        x = x.astype(self.dtype)
+        if features != x.shape[-1]:
+            x = pointwise(features, name='project')(x)
+        query = pointwise(features // self.key_reduction, name='query')(x)
+        key = pointwise(features // self.key_reduction, name='key')(x)
+        value = pointwise(features // self.value_reduction, name='value')(x)
+        window, padding = (self.key_pool,) * 2, ((0, self.key_pool - 1),) * 2
+        key, value = (nn.max_pool(y, window, window, padding) for y in (key, value))
+
+        # One head, on an axis of its own: [B, T, 1, H].
+        grid, key_grid = grid_of(x), grid_of(key)
+        query, key, value = (to_tokens(y)[:, :, None] for y in (query, key, value))
+        weights = attention_weights(unscaled(query), key)
+        _sow_weights(self, weights, grid, key_grid)
+        out = apply_weights(weights, value).reshape(*x.shape[:3], -1)
+        gamma = self.param('gamma', nn.initializers.zeros, (), jnp.float32)
+        x = x + gamma.astype(self.dtype) * pointwise(features, name='out')(out)
+        return average_pool(x, self.strides)
+
+
+class AugmentedConv(nn.Module):
+    """A convolution and attention side by side, their channels concatenated.
+
+    "Attention Augmented Convolutional Networks", section 3.2: `features` minus dv
+    channels from the convolution, then dv from multi-head attention with relative
+    positions, q . (k + r) / sqrt(H), and a linear map behind. The paper shrinks maps
+    that are too large for attention by 3x3 average pooling of stride 2; so does this
+    where the convolution has strides. With the least key size of its section 4.1
+    AA-ResNet-50 has the published 25.8M parameters.
+
+    Attributes:
+      features: channels of the output.
+      strides: of the convolution, and of the pooling before attention.
+      num_heads: heads.
+      key_ratio: channels of all keys, over `features`: the paper's kappa.
+      value_ratio: channels dv of all values, over `features`: its upsilon. A head
+        gets the nearest whole number of channels, at least one.
+      min_key_dim: least number of channels of a head's key.
+      kernel_size: side of the convolution's kernel.
+      kernel_init: initializer of the linear maps; none here has biases.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    features: int
+    strides: int = 1
+    num_heads: int = 8
+    key_ratio: float = 0.2
+    value_ratio: float = 0.1
+    min_key_dim: int = 20
+    kernel_size: int = 3
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Convolves and attends.
+
+        Args:
+          x: `[B, R, C, D]`; the positions are those of a map of this size.
+          train: changes nothing.
+
+        Returns:
+          `[B, ceil(R / strides), ceil(C / strides), features]`.
+
+        Raises:
+          UserError: for a wrong rank, a map of another size than the parameters', or
+            heads that leave no channel to the convolution.
+
+        >>> import jax
+        >>> x = jnp.ones((2, 3, 5, 16))
+        >>> layer = AugmentedConv(features=24, strides=2)
+        >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), x)[0].shape
+        (2, 2, 3, 24)
+        """
+        check_feature_map(self, x, self.strides)
+        key_dim = max(self._share(self.key_ratio), self.min_key_dim)
+        value_dim = self._share(self.value_ratio)
+        attended = self.num_heads * value_dim
+        if attended >= self.features:
+            raise UserError(
+                f'AugmentedConv of {self.features} features leaves the convolution '
+                f'none: {attended} are of attention; lower value_ratio or num_heads'
+            )
+        convolved = Conv(
+            self.features - attended,
+            strides=self.strides,
+            kernel_size=self.kernel_size,
+            dtype=self.dtype,
+            name='conv',
+        )(x, train=train)
+
+        # Windows centred where those of the convolution are: 3x3 at a stride of 2.
+        x = average_pool(x, self.strides, margin=self.strides - 1)
+        linear = {
+            'kernel_init': self.kernel_init,
+            'use_bias': False,
+            'dtype': self.dtype,
+        }
+        query, key, value = (
+            project_heads(self.num_heads, size, name=name, **linear)(to_tokens(x))
+            for name, size in (
+                ('query', key_dim),
+                ('key', key_dim),
+                ('value', value_dim),
+            )
+        )
+        weights = _relative_weights(self, query, key, grid_of(x))
+        out = apply_weights(weights, value)
+        out = merge_heads(attended, name='out', **linear)(out)
+        return jnp.concatenate([convolved, out.reshape(*x.shape[:3], -1)], axis=-1)
+
+    def _share(self, ratio: float) -> int:
+        if self.num_heads <= 0:
+            raise UserError(f'num_heads must be above 0, not {self.num_heads}')
+        return max(round(ratio * self.features / self.num_heads), 1)
+
+
+class GlobalAttention(nn.Module):
+    """Multi-head attention over the whole map with relative positions: BoTNet's MHSA.
+
+    "Bottleneck Transformers for Visual Recognition", section 3 and figure 4: logits
+    q . (k + r_rows + r_columns) / sqrt(H). The tables are shared by the heads, as in
+    "Attention Augmented Convolutional Networks", from which the paper takes them,
+    and nothing mixes the heads afterwards: the next 1x1 convolution does, and
+    BoTNet-50 has its published 20.8M parameters so. Strides are average pooling.
+
+    Attributes:
+      features: channels of the output.
+      strides: of the average pooling behind the attention.
+      num_heads: heads; must divide `features`.
+      kernel_init: initializer of the linear maps, which have no biases.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    features: int
+    strides: int = 1
+    num_heads: int = 4
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Lets every position attend to all.
+
+        Args:
+          x: `[B, R, C, D]`; the positions are those of a map of this size.
+          train: changes nothing.
+
+        Returns:
+          `[B, ceil(R / strides), ceil(C / strides), features]`.
+
+        Raises:
+          UserError: for a wrong rank, a map of another size than the parameters', or
+            heads that do not divide `features`.
+
+        >>> import jax
+        >>> x = jnp.ones((2, 3, 5, 16))
+        >>> layer = GlobalAttention(features=24, strides=2)
+        >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), x)[0].shape
+        (2, 2, 3, 24)
+        """
+        del train
+        check_feature_map(self, x, self.strides)
+        head_dim = resolve_head_dim(self.features, self.num_heads, None)
+        query, key, value = (
+            project_heads(
+                self.num_heads,
+                head_dim,
+                kernel_init=self.kernel_init,
+                use_bias=False,
+                dtype=self.dtype,
+                name=name,
+            )(to_tokens(x))
+            for name in ('query', 'key', 'value')
+        )
+        weights = _relative_weights(self, query, key, grid_of(x))
+        out = apply_weights(weights, value).reshape(*x.shape[:3], self.features)
+        return average_pool(out, self.strides)
+
+
+def _relative_weights(module: nn.Module, query: Array, key: Array, grid: Grid) -> Array:
+    """softmax(q . (k + r) / sqrt(H)), `[B, N, T, T]`, inside of a module's call."""
+    logits = RelativePositions(name='relative_position')(query, grid)
+    # The scale is for both halves; float32 logits lose nothing by it.
+    bias = query.shape[-1] ** -0.5 * logits
+    weights = attention_weights(query, key, bias=bias)
+    _sow_weights(module, weights, grid, grid)
+    return weights
