@@ -5,6 +5,7 @@ import pytest
 
 from vit_jax.models import build_model
 from vit_jax.models.convit import ConViT
+from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import ViT
 from vit_jax.summary import OTHER, Cost, count_params, summarize, total
 
@@ -179,3 +180,14 @@ def test_count_params():
         'b': [jnp.zeros(()), jax.ShapeDtypeStruct((7,), int)],
     }
     assert count_params(tree) == 15 + 1 + 7
+
+
+def test_costs_of_a_resnet_with_its_statistics_and_its_stem():
+    model = ResNet(V, stage_sizes=(1,), width=8, bottleneck=False, stem='small')
+    costs = summarize(model, (4, 6, 3))
+    assert set(costs) == {'stem', 'stem_norm', 'stage1_block1', 'head', OTHER}
+    assert costs['stem'].params == 9 * 3 * 8
+    assert costs['stem'].macs == 24 * 9 * 3 * 8
+    assert costs['stem_norm'].params == 2 * 8  # running statistics are none
+    assert costs['stage1_block1'].macs == 2 * 24 * 9 * 8 * 8
+    assert costs[OTHER].macs == 0

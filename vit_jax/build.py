@@ -320,4 +320,4 @@ def _tokens(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
     if patch is None:
         return {}
     grid = [n // p for n, p in zip(image_size, resolve_patch(patch, 2))]
-    return {'grid': grid, 'prefix_tokens': int(getattr(model, 'pool', None) == 'cls')}
+    return {'grid': grid, 'prefix_tokens': getattr(model, 'num_prefix_tokens', 0)}

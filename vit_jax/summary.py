@@ -56,9 +56,14 @@ def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
     rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
     variables = jax.eval_shape(lambda: model.init(rngs, image, train=False))
     params = variables['params']
+    others = {
+        name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+        for name, tree in variables.items()
+        if name != 'params'
+    }
 
     def forward(params, image):
-        return model.apply({**variables, 'params': params}, image, train=False)
+        return model.apply({'params': params, **others}, image, train=False)
 
     def residuals(params, image):
         """What the backward pass is given: the leaves of the vjp function."""
@@ -105,8 +110,11 @@ def _equations(
 
 
 def _block(name_stack: str) -> str:
-    """The top-level module of 'Model/block00/mlp' or 'jvp(Model)/block00/mlp'."""
-    parts = name_stack.split('/')
+    """The top-level module of 'Model/block00/mlp' or 'jvp(Model)/block00/mlp'.
+
+    A method beside `__call__` adds a scope: 'ResNet/ResNet._stem/stem'.
+    """
+    parts = [part for part in name_stack.split('/') if '.' not in part]
     return parts[1] if len(parts) > 1 else ''
 
 

@@ -1,9 +1,11 @@
+import conv_reference
 import jax.numpy as jnp
 import model_checks
 import numpy as np
 import numpy_reference as reference
 import pytest
 
+from vit_jax.errors import UserError
 from vit_jax.models.cnn import CNN
 
 SHAPE = (2, 9, 7, 3)
@@ -14,31 +16,6 @@ def make_model(**kwargs):
     return CNN(**{**fields, **kwargs})
 
 
-def convolve(x, kernel, stride):
-    """A 'SAME' convolution with an odd kernel, pixel by pixel."""
-    batch, height, width, _ = x.shape
-    size = len(kernel)
-    out_size = [-(-n // stride) for n in (height, width)]
-    pads = [max((m - 1) * stride + size - n, 0) for m, n in zip(out_size, x.shape[1:3])]
-    x = np.pad(x, [(0, 0), *[(p // 2, p - p // 2) for p in pads], (0, 0)])
-    out = np.zeros((batch, *out_size, kernel.shape[-1]))
-    for row, col in np.ndindex(*out_size):
-        top, left = row * stride, col * stride
-        window = x[:, top : top + size, left : left + size]
-        out[:, row, col] = np.einsum('bijc,ijcd->bd', window, kernel)
-    return out
-
-
-def group_norm(params, x, groups, eps=1e-6):
-    parts = np.split(x, groups, axis=-1)
-    axes = (1, 2, 3)
-    parts = [
-        (p - p.mean(axes, keepdims=True)) / np.sqrt(p.var(axes, keepdims=True) + eps)
-        for p in parts
-    ]
-    return np.concatenate(parts, axis=-1) * params['scale'] + params['bias']
-
-
 @pytest.mark.parametrize('num_classes', [5, None])
 def test_forward_pass_equals_the_loops(num_classes):
     model = make_model(num_classes=num_classes)
@@ -47,8 +24,8 @@ def test_forward_pass_equals_the_loops(num_classes):
     out = reference.apply(model, params, x)
     params = reference.float64(params)
     for i, stride in enumerate((1, 2)):
-        x = convolve(x, params[f'conv{i}']['kernel'], stride)
-        x = np.maximum(group_norm(params[f'norm{i}'], x, groups=2), 0)
+        x = conv_reference.convolve(x, params[f'conv{i}']['kernel'], stride, 'same')
+        x = np.maximum(conv_reference.group_norm(params[f'norm{i}'], x, groups=2), 0)
     x = x.mean(axis=(1, 2))
     if num_classes:
         x = reference.linear(params['head'], x)
@@ -68,10 +45,42 @@ def test_features_are_float32_under_bfloat16():
 def test_every_field_matters():
     others = {
         'num_classes': 7,
-        'widths': (4, 8),
+        'widths': (8, 10),
         'strides': (1, 1),
         'kernel_size': 5,
         'num_groups': 1,
+        'attention_after': (0,),
         'dtype': jnp.bfloat16,
     }
-    model_checks.check_every_field_matters(make_model, SHAPE, others)
+
+    def make(**kwargs):
+        return make_model(**{'widths': (8, 6), **kwargs})
+
+    model_checks.check_every_field_matters(make, SHAPE, others)
+
+
+def test_attention_starts_as_the_identity_and_grows_by_gamma():
+    model = make_model(widths=(8, 16), attention_after=(0, 1))
+    (x,) = reference.random_arrays(0, SHAPE)
+    params = reference.init(model, x)
+    plain = {k: v for k, v in params.items() if not k.startswith('attention')}
+    assert set(params) - set(plain) == {'attention0', 'attention1'}
+    out = reference.apply(model, params, x)
+    expected = reference.apply(make_model(widths=(8, 16)), plain, x)
+    np.testing.assert_array_equal(out, expected)
+
+    for name in ('attention0', 'attention1'):
+        grown = {**params, name: {**params[name], 'gamma': jnp.ones(())}}
+        assert not np.allclose(reference.apply(model, grown, x), out, atol=1e-3)
+
+
+@pytest.mark.parametrize('numbers', [(2,), (0, -1)])
+def test_attention_after_no_convolution_is_told(numbers):
+    model = make_model(attention_after=numbers)
+    with pytest.raises(UserError, match=r'must be among the numbers of .* 0 to 1'):
+        reference.init_shapes(model, jnp.ones(SHAPE))
+
+
+def test_bfloat16_reaches_the_attention():
+    model = make_model(widths=(8, 16), attention_after=(1,), dtype=jnp.bfloat16)
+    model_checks.check_dtype_reaches_every_module(model, SHAPE, ['', 'head'])

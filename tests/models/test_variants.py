@@ -24,6 +24,13 @@ PUBLISHED = {
     'ViT-B/16': 86_567_656,
     'ViT-L/16': 304_326_632,
     'ViT-H/14': 632_045_800,
+    'R50+ViT-B/16': 98_659_112,
+    'R26+ViT-S/32': 36_431_912,
+    'ResNet-18': 11_689_512,
+    'ResNet-34': 21_797_672,
+    'ResNet-50': 25_557_032,
+    'ResNet-101': 44_549_160,
+    'BiT-R50x1': 25_549_352,
 }
 
 
@@ -50,6 +57,69 @@ def cnn_params(widths):
     )
 
 
+def resnet_params(stages, group=False, width=64, classes=1000, conv3=None, root=None):
+    """The parameters of a bottleneck ResNet.
+
+    Args:
+      stages: blocks of each stage.
+      group: BiT: norms before the convolutions, none behind the shortcuts.
+      conv3: (stage, index in it, channels) -> parameters in place of a 3x3
+        convolution.
+      root: parameters in place of the 7x7 convolution.
+    """
+    conv3 = conv3 or (lambda stage, index, w: 9 * w * w)
+    total = 3 * 49 * width if root is None else root
+    channels = width
+    for stage, blocks in enumerate(stages):
+        w = width * 2**stage
+        for i in range(blocks):
+            total += channels * w + conv3(stage, i, w) + 4 * w * w  # convolutions
+            total += 2 * (channels + 2 * w) if group else 2 * (w + w + 4 * w)  # norms
+            if i == 0:
+                total += channels * 4 * w + (0 if group else 2 * 4 * w)  # shortcut
+            channels = 4 * w
+    total += 2 * channels if group else 2 * width  # the last norm, or the root's
+    return total + (channels + 1) * classes if classes else total
+
+
+def hybrid_params(stages, width, depth, stride):
+    """A trunk of GroupNorm ResNet, its last map as patches of one pixel."""
+    trunk = resnet_params(stages, classes=0)
+    channels = 64 * 2 ** (len(stages) + 1)
+    tokens = (224 // stride) ** 2 + 1
+    vit = vit_params(width, depth, 224) - 2 * width - 3 * 224**2 * width
+    return trunk + vit + tokens * width + channels * width
+
+
+def local_params(stage, index, width):
+    """Query, key and value; 7 rows and 7 columns of embeddings, half the width each."""
+    return 3 * width**2 + 2 * 7 * width // 2
+
+
+def augmented_params(stage, index, width):
+    """8 heads: keys of at least 20 numbers, values of the nearest to a tenth."""
+    if stage == 0:
+        return 9 * width**2
+    keys = 8 * max(round(0.2 * width / 8), 20)
+    values = 8 * round(0.1 * width / 8)
+    side = 56 // 2**stage
+    tables = 2 * (2 * side - 1) * keys // 8
+    linear = width * (2 * keys + values) + values**2
+    return 9 * width * (width - values) + linear + tables
+
+
+def global_params(stage, index, width):
+    """Query, key and value; a table a side, on the map before the pooling."""
+    if stage < 3:
+        return 9 * width**2
+    side = 14 if index == 0 else 7
+    return 3 * width**2 + 2 * (2 * side - 1) * width // 4
+
+
+# Query, key, four mixed values, and embeddings of 4 rows, 4 columns, 4 mixtures.
+STEM = 3 * 64 * (2 + 4) + (4 + 4 + 4) * 8
+
+
 # Not counted elsewhere: by the formula, which the published ones bear out below.
 COUNTS = {
     **PUBLISHED,
@@ -58,7 +128,25 @@ COUNTS = {
     'ViT-S/32': vit_params(384, 12, 32),
     'ViT-B/32': vit_params(768, 12, 32),
     'ViT-L/32': vit_params(1024, 24, 32),
+    'R26+ViT-B/32': hybrid_params((2, 2, 2, 2), 768, 12, 32),
+    'R50+ViT-B/32': hybrid_params((3, 4, 6, 3), 768, 12, 32),
+    'R50+ViT-L/32': hybrid_params((3, 4, 6, 3), 1024, 24, 32),
+    'R50+ViT-L/16': hybrid_params((3, 4, 9), 1024, 24, 16),
+    # A root of 64 channels and stride 4, patches of 8x8 on top; 6.3M published.
+    'R+ViT-Ti/16': vit_params(192, 12, 32)
+    + (64 * 8 * 8 - 3 * 32 * 32) * 192
+    + 64 * (3 * 49 + 2),
+    'ResNet-152': resnet_params((3, 8, 36, 3)),
+    'BiT-R50x3': resnet_params((3, 4, 6, 3), True, 192),
+    'BiT-R101x1': resnet_params((3, 4, 23, 3), True),
+    'BiT-R101x3': resnet_params((3, 4, 23, 3), True, 192),
+    'BiT-R152x2': resnet_params((3, 8, 36, 3), True, 128),
+    'BiT-R152x4': resnet_params((3, 8, 36, 3), True, 256),
+    'SASA-ResNet-50': resnet_params((3, 4, 6, 3), conv3=local_params, root=STEM),
+    'AA-ResNet-50': resnet_params((3, 4, 6, 3), conv3=augmented_params),
+    'BoTNet-50': resnet_params((3, 4, 6, 3), conv3=global_params),
     'CNN': cnn_params((48, 48, 88, 88, 88)),
+    'MLP': 224 * 224 * 3 * 512 + 512 + 512 * 512 + 512 + 512 * 1000 + 1000,
 }
 
 
@@ -73,6 +161,27 @@ COUNTS = {
 )
 def test_the_formula_gives_the_published_counts(name, width, depth, patch):
     assert vit_params(width, depth, patch) == PUBLISHED[name]
+
+
+def test_the_formulas_of_residual_networks_give_the_published_counts():
+    assert resnet_params((3, 4, 6, 3)) == PUBLISHED['ResNet-50']
+    assert resnet_params((3, 4, 23, 3)) == PUBLISHED['ResNet-101']
+    assert resnet_params((3, 4, 6, 3), True) == PUBLISHED['BiT-R50x1']
+    assert hybrid_params((3, 4, 9), 768, 12, 16) == PUBLISHED['R50+ViT-B/16']
+    assert hybrid_params((2, 2, 2, 2), 384, 12, 32) == PUBLISHED['R26+ViT-S/32']
+
+
+@pytest.mark.parametrize(
+    ('name', 'millions'),
+    [
+        ('ResNet-152', 60.2),  # counted in the public PyTorch model
+        ('SASA-ResNet-50', 18.0),
+        ('AA-ResNet-50', 25.8),
+        ('BoTNet-50', 20.9),  # 20.8 published: 20.84 without the position tables
+    ],
+)
+def test_rounded_counts_are_those_of_the_papers(name, millions):
+    assert round(COUNTS[name] / 1e6, 1) == millions
 
 
 def test_every_model_has_a_count():
@@ -143,7 +252,9 @@ def test_any_patch_size_is_a_variant(patch):
         ),
         ('ConViT-B++/16', r"unknown size of ConViT 'B\+\+'; did you mean 'B\+'"),
         ('cnn', "unknown model 'cnn'; did you mean 'CNN'"),
-        ('', "unknown model ''; choose one of: CNN, ConViT-B"),
+        ('', "unknown model ''; choose one of: AA-ResNet-50, BiT-"),
+        ('ResNet-51', "unknown model 'ResNet-51'; did you mean 'ResNet-"),
+        ('R50+ViT-B/8', "unknown model 'R50\\+ViT-B/8'; did you mean 'R50\\+ViT-B"),
         ('ViT-B/0', "model 'ViT-B/0' has patches of size 0"),
     ],
 )

@@ -102,10 +102,23 @@ def test_bfloat16_reaches_every_module(pool):
     model_checks.check_dtype_reaches_every_module(model, IMAGE, float32)
 
 
+class Brighten(nn.Module):
+    """A stem that keeps the image's size."""
+
+    factor: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        return self.factor * image.astype(self.dtype)
+
+
 def test_every_field_matters():
     others = {
         'num_classes': 5,
         'patch_size': (4, 9),
+        'stem': None,
+        'stem_kwargs': {'factor': 2.0},
         'width': 15,
         'depth': 1,
         'mlp_dim': 11,
@@ -126,7 +139,11 @@ def test_every_field_matters():
         'token_init': nn.initializers.ones,
         'dtype': jnp.bfloat16,
     }
-    model_checks.check_every_field_matters(make_model, IMAGE, others)
+
+    def make(**kwargs):
+        return make_model(**{'stem': Brighten, **kwargs})
+
+    model_checks.check_every_field_matters(make, IMAGE, others)
 
 
 def test_dropout_also_of_the_embeddings():

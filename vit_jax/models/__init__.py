@@ -73,7 +73,8 @@ def _suits(field: dataclasses.Field, value: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, float | int)
     if isinstance(default, str | tuple):
-        return isinstance(value, type(default))
+        named = callable(value) and 'Callable' in str(field.type)
+        return named or isinstance(value, type(default))
     return not callable(default) or callable(value)
 
 

@@ -4,12 +4,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.layers.conv_attention import SAGANAttention
 from vit_jax.layers.patch import check_channels
 from vit_jax.typing import Array, Dtype
 
 
 class CNN(nn.Module):
-    """3x3 convolutions with GroupNorm and ReLU, mean pooling, a classifier.
+    """Convolutions with GroupNorm and ReLU, mean pooling, a classifier.
 
     Attributes:
       num_classes: V; None returns the pooled features.
@@ -17,6 +18,8 @@ class CNN(nn.Module):
       strides: stride of each convolution.
       kernel_size: side of the kernels.
       num_groups: groups of each GroupNorm; must divide every width.
+      attention_after: numbers of the convolutions, from 0, behind which stands
+        `SAGANAttention`, which starts as the identity.
       dtype: dtype of the computation; parameters are float32.
     """
 
@@ -25,12 +28,12 @@ class CNN(nn.Module):
     strides: tuple[int, ...] = (1, 1, 2, 1, 1)
     kernel_size: int = 3
     num_groups: int = 8
+    attention_after: tuple[int, ...] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Array:
         """Args: image, `[B, height, width, channels]`. Returns logits `[B, V]`."""
-        del train  # there is nothing that differs
         if len(self.widths) != len(self.strides):
             raise UserError(
                 f'CNN needs a stride per width; got {self.widths} and {self.strides}'
@@ -38,6 +41,11 @@ class CNN(nn.Module):
         if any(width % self.num_groups for width in self.widths):
             raise UserError(
                 f'num_groups {self.num_groups} does not divide widths {self.widths}'
+            )
+        if not set(self.attention_after) <= set(range(len(self.widths))):
+            raise UserError(
+                f'attention_after {self.attention_after} must be among the numbers of '
+                f'convolutions, 0 to {len(self.widths) - 1}'
             )
         check_channels(self, 'conv0', image.shape[-1])
         x = image
@@ -53,6 +61,11 @@ class CNN(nn.Module):
             )(x)
             x = nn.GroupNorm(self.num_groups, dtype=self.dtype, name=f'norm{i}')(x)
             x = nn.relu(x)
+            if i in self.attention_after:
+                attention = SAGANAttention(
+                    width, dtype=self.dtype, name=f'attention{i}'
+                )
+                x = attention(x, train=train)
         x = jnp.mean(x, axis=(1, 2)).astype(jnp.float32)
         if self.num_classes is None:
             return x

@@ -4,7 +4,9 @@
 arXiv 2103.10697.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,11 +15,11 @@ from vit_jax.errors import UserError
 from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.blocks import EncoderBlock, drop_path_rates
 from vit_jax.layers.head import Head
-from vit_jax.layers.patch import PatchEmbed
 from vit_jax.layers.pooling import ClassToken
 from vit_jax.layers.position import PositionEmbedding
 from vit_jax.layers.psa import GPSA
 from vit_jax.layers.stochastic import Dropout
+from vit_jax.models.hybrid import embed_image
 from vit_jax.typing import Array, Dtype, Initializer
 
 
@@ -38,6 +40,8 @@ class ConViT(nn.Module):
 
     num_classes: int | None
     patch_size: int | tuple[int, int] = 16
+    stem: str | Callable[..., nn.Module] | None = None
+    stem_kwargs: Mapping[str, Any] | None = None
     width: int = 192
     depth: int = 12
     mlp_dim: int = 768
@@ -61,6 +65,11 @@ class ConViT(nn.Module):
     # is a thousand times that elsewhere.
     token_init: Initializer = nn.initializers.normal(0.02)
     dtype: Dtype = jnp.float32
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens stand before those of the grid, at the end."""
+        return int(self.pool == 'cls')
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Array:
@@ -86,8 +95,14 @@ class ConViT(nn.Module):
         (3, 7)
         """
         self._check_layers()
-        x = PatchEmbed(self.width, self.patch_size, dtype=self.dtype, name='patches')(
-            image
+        x = embed_image(
+            image,
+            self.width,
+            self.patch_size,
+            stem=self.stem,
+            stem_kwargs=self.stem_kwargs,
+            train=train,
+            dtype=self.dtype,
         )
         if x.ndim != 4:
             raise UserError(

@@ -9,6 +9,8 @@ import flax.linen as nn
 from vit_jax.errors import UserError, unknown
 from vit_jax.models.cnn import CNN
 from vit_jax.models.convit import ConViT
+from vit_jax.models.mlp import MLP
+from vit_jax.models.resnet import RESNETS, ResNet
 from vit_jax.models.vit import ViT
 
 
@@ -65,13 +67,27 @@ FAMILIES = {
 }
 
 # Models without variants.
-SINGLE = {'CNN': CNN}
+SINGLE = {'CNN': CNN, 'MLP': MLP}
+
+# (size of the ViT, stages of the trunk, pixels that a token stands for). The number in
+# the name is the last one, but for R+ViT-Ti/16: its root alone has a stride of 4, and
+# its public weights have patches of 8 on top. arXiv 2106.10270, table 2; R50 from
+# arXiv 2010.11929, section 4.1: for 16 pixels its last two stages are one.
+HYBRIDS = {
+    'R+ViT-Ti/16': ('Ti', (), 32),
+    'R26+ViT-S/32': ('S', (2, 2, 2, 2), 32),
+    'R26+ViT-B/32': ('B', (2, 2, 2, 2), 32),
+    'R50+ViT-B/32': ('B', (3, 4, 6, 3), 32),
+    'R50+ViT-B/16': ('B', (3, 4, 9), 16),
+    'R50+ViT-L/32': ('L', (3, 4, 6, 3), 32),
+    'R50+ViT-L/16': ('L', (3, 4, 9), 16),
+}
 
 
 def list_variants() -> list[str]:
     """The names of the published variants, and of models without variants."""
     names = [f'{name}-{v}' for name, f in FAMILIES.items() for v in f.patches]
-    return names + list(SINGLE)
+    return [*names, *HYBRIDS, *RESNETS, *SINGLE]
 
 
 def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
@@ -88,6 +104,12 @@ def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]
     """
     if name in SINGLE:
         return SINGLE[name], {}
+    if name in RESNETS:
+        return ResNet, dict(RESNETS[name])
+    if name in HYBRIDS:
+        size, stage_sizes, patch_size = HYBRIDS[name]
+        stem = {'stem': 'resnet', 'stem_kwargs': {'stage_sizes': stage_sizes}}
+        return ViT, _vit_fields('ViT', size, patch_size) | stem
     match = re.fullmatch(r'(\w+)-([\w+]+)/(\d+)', name)
     if not match or match[1] not in FAMILIES:
         raise unknown('model', name, list_variants())
@@ -96,9 +118,14 @@ def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]
         raise unknown(f'size of {match[1]}', match[2], family.sizes)
     if int(match[3]) == 0:
         raise UserError(f'model {name!r} has patches of size 0')
-    size = family.sizes[match[2]]
-    return family.model, {
-        'patch_size': int(match[3]),
+    return family.model, _vit_fields(match[1], match[2], int(match[3]))
+
+
+def _vit_fields(family_name: str, size_name: str, patch_size: int) -> dict[str, Any]:
+    family = FAMILIES[family_name]
+    size = family.sizes[size_name]
+    return {
+        'patch_size': patch_size,
         **size._asdict(),
         'mlp_dim': 4 * size.width,
         **family.fields,

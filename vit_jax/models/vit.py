@@ -4,8 +4,9 @@
 arXiv 2010.11929, and DeiT, arXiv 2012.12877, which has the same architecture.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.blocks import EncoderBlock, drop_path_rates
 from vit_jax.layers.head import Head
-from vit_jax.layers.patch import PatchEmbed
 from vit_jax.layers.pooling import ClassToken
 from vit_jax.layers.position import PositionEmbedding
 from vit_jax.layers.stochastic import Dropout
+from vit_jax.models.hybrid import embed_image
 from vit_jax.typing import Array, Dtype, Initializer
 
 
@@ -25,7 +26,10 @@ class ViT(nn.Module):
 
     Attributes:
       num_classes: V; None returns the pooled features.
-      patch_size: patch length, or one per axis of the input.
+      patch_size: patch length, or one per axis of the input, in its pixels.
+      stem: what makes the feature map that patches are cut from: None (the pixels
+        themselves), 'conv', 'resnet' or a callable, see `hybrid.STEMS`.
+      stem_kwargs: fields of the stem.
       width: D, size of a token.
       depth: number of encoder blocks.
       mlp_dim: F, hidden size of the MLPs.
@@ -50,6 +54,8 @@ class ViT(nn.Module):
 
     num_classes: int | None
     patch_size: int | tuple[int, ...] = 16
+    stem: str | Callable[..., nn.Module] | None = None
+    stem_kwargs: Mapping[str, Any] | None = None
     width: int = 768
     depth: int = 12
     mlp_dim: int = 3072
@@ -69,6 +75,11 @@ class ViT(nn.Module):
     head_init: Initializer = nn.initializers.zeros
     token_init: Initializer = nn.initializers.zeros
     dtype: Dtype = jnp.float32
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens stand before those of the grid."""
+        return int(self.pool == 'cls')
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Array:
@@ -92,8 +103,14 @@ class ViT(nn.Module):
         >>> model.apply(variables, image).shape
         (3, 7)
         """
-        x = PatchEmbed(self.width, self.patch_size, dtype=self.dtype, name='patches')(
-            image
+        x = embed_image(
+            image,
+            self.width,
+            self.patch_size,
+            stem=self.stem,
+            stem_kwargs=self.stem_kwargs,
+            train=train,
+            dtype=self.dtype,
         )
         grid = x.shape[1:-1]
         x = x.reshape(x.shape[0], -1, self.width)
