@@ -105,10 +105,10 @@ def test_a_single_sine_gives_two_places_one_code():
     assert np.abs(left - right).max() > 1
 
 
-def test_integer_and_normalized_fill_every_feature():
-    np.testing.assert_array_equal(integer(np.array([3, -1]), 2), [[3, 3], [-1, -1]])
+def test_integer_and_normalized_fill_the_first_feature():
+    np.testing.assert_array_equal(integer(np.array([3, -1]), 2), [[3, 0], [-1, 0]])
     np.testing.assert_array_equal(
-        normalized(np.array([3, 1]), 2, length=4), [[0.75, 0.75], [0.25, 0.25]]
+        normalized(np.array([3, 1]), 2, length=4), [[0.75, 0], [0.25, 0]]
     )
 
 

@@ -21,7 +21,9 @@ MAX_WAVELENGTH = 10_000.0
 
 
 def integer(positions: np.ndarray, width: int) -> np.ndarray:
-    """The number of the position, in every feature: unbounded.
+    """The number of the position, in the first feature: unbounded.
+
+    Not in every feature, where the LayerNorm of the first block would remove it.
 
     Args:
       positions: `[T]`, any numbers.
@@ -30,14 +32,15 @@ def integer(positions: np.ndarray, width: int) -> np.ndarray:
     Returns:
       `[T, D]` float32.
     """
-    column = np.asarray(positions, np.float32)[:, None]
-    return np.tile(column, (1, width))
+    out = np.zeros((len(positions), width), np.float32)
+    out[:, 0] = positions
+    return out
 
 
 def normalized(
     positions: np.ndarray, width: int, length: int | None = None
 ) -> np.ndarray:
-    """Position / length, in every feature: one place has a code per length.
+    """Position / length, in the first feature: a place has a code for each length.
 
     Args:
       positions: `[T]`, any numbers.
@@ -235,8 +238,7 @@ def resize_learned(
             f'learned positions of a grid {times(old)} cannot be resized to '
             f'{times(grid)}: the axes differ in number'
         )
-    if tuple(old) != tuple(grid):
-        table = jax.image.resize(table, (*grid, width), method)
+    table = jax.image.resize(table, (*grid, width), method)  # the same where equal
     return {**params, 'grid': table}
 
 
