@@ -1,0 +1,114 @@
+"""Runs the cells of an experiment, and remembers those that have run.
+
+A cell is a config, overrides and a seed. Each result is a line of a JSONL file beside
+the experiment: what ran, what came out, when, on what. A cell whose line is there does
+not run again, so a sweep goes on where it stopped.
+"""
+
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from vit_jax.build import build
+from vit_jax.config import load_config, override
+from vit_jax.summary import count_params
+from vit_jax.train import train
+
+
+class Cell(NamedTuple):
+    """One run.
+
+    Attributes:
+      config: such as 'configs/digits_vit.py', with a variant after a colon.
+      overrides: of the config's keys, dotted.
+      seed: overrides `seed`.
+    """
+
+    config: str
+    overrides: dict[str, Any]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A name for its workdir."""
+        values = [f'{key}={value}' for key, value in self.overrides.items()]
+        parts = [pathlib.Path(self.config).name.replace('.py', ''), *values]
+        return '-'.join([*parts, str(self.seed)]).replace(':', '-').replace('/', '-')
+
+
+def run_sweep(
+    cells: Iterable[Cell], results: pathlib.Path, workdir: pathlib.Path
+) -> list[dict[str, Any]]:
+    """Runs the cells that `results` does not hold, and adds a line for each.
+
+    Args:
+      cells: what to run.
+      results: a JSONL file; made if it is not there.
+      workdir: each cell's workdir is a folder in it.
+
+    Returns:
+      The lines of `results`, all of them.
+
+    Raises:
+      UserError: as `build` and `train` do.
+    """
+    text = results.read_text() if results.exists() else ''
+    lines = [json.loads(line) for line in text.splitlines()]
+    done = [Cell(line['config'], line['overrides'], line['seed']) for line in lines]
+    for cell in cells:
+        if cell not in done:
+            lines.append(_run(cell, workdir / cell.name))
+            with results.open('a') as file:
+                file.write(json.dumps(lines[-1]) + '\n')
+    return lines
+
+
+def _run(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
+    values = {**cell.overrides, 'seed': cell.seed}
+    arguments = [f'--config.{key}={value}' for key, value in values.items()]
+    start = time.time()
+    run = build(override(load_config(cell.config), arguments))
+    result = train(run, workdir)
+    return {
+        **cell._asdict(),
+        'accuracy': result['accuracy'],
+        'examples': result['examples'],
+        'params': count_params(run.state_shape.variables['params']),
+        'steps': run.num_steps,
+        'seconds': round(time.time() - start, 1),
+        'date': time.strftime('%Y-%m-%d'),
+        'hardware': f'{jax.devices()[0].device_kind}, {platform.machine()}',
+        'jax': jax.__version__,
+    }
+
+
+def percent(lines: list[dict[str, Any]], config: str, **overrides: Any) -> str:
+    """The accuracy of a cell over its seeds, for a table.
+
+    Args:
+      lines: from `run_sweep`.
+      config, overrides: of the cell; a key's dots are written as two underscores.
+
+    >>> lines = [{'config': 'a', 'overrides': {'b.c': 1}, 'accuracy': x}
+    ...          for x in (0.5, 0.6)]
+    >>> percent(lines, 'a', b__c=1)
+    '55.0 ± 7.1 (2 seeds)'
+    >>> percent(lines, 'other')
+    'not run'
+    """
+    wanted = {key.replace('__', '.'): value for key, value in overrides.items()}
+    values = [
+        100 * line['accuracy']
+        for line in lines
+        if line['config'] == config and line['overrides'] == wanted
+    ]
+    if not values:
+        return 'not run'
+    spread = statistics.stdev(values) if len(values) > 1 else float('nan')
+    return f'{statistics.mean(values):.1f} ± {spread:.1f} ({len(values)} seeds)'
