@@ -30,6 +30,7 @@ setup(
         'grain>=0.2.12,<0.3',
         'jax>=0.10,<0.12',
         'importlib-resources>=6,<8',  # TFDS imports it without asking for it
+        'matplotlib>=3.9,<4',
         'ml-collections>=1.0,<2',
         'numpy>=2.0,<3',
         'optax>=0.2.5,<0.3',
@@ -41,7 +42,12 @@ setup(
         'tqdm>=4.66,<5',
     ],
     extras_require={
-        'test': ['mypy>=1.11,<3', 'pytest>=8,<10', 'ruff>=0.6,<1'],
+        'test': [
+            'hypothesis>=6.100,<7',
+            'mypy>=1.11,<3',
+            'pytest>=8,<10',
+            'ruff>=0.6,<1',
+        ],
         # TensorFlow, for TFDS to prepare the datasets it downloads itself.
         'prepare': ['tensorflow>=2.18,<3'],
         'torch': ['torch>=2.4,<3'],

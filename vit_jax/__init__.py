@@ -2,6 +2,7 @@
 
 __version__ = '0.1.0'
 
+from vit_jax.maps import attention_maps
 from vit_jax.models import build_model, list_models
 
-__all__ = ['build_model', 'list_models']
+__all__ = ['attention_maps', 'build_model', 'list_models']

@@ -11,6 +11,7 @@ COMMANDS = {
     'train': 'train a config in a workdir, or go on where it stopped',
     'evaluate': 'exact metrics of a trained model on a split',
     'predict': 'classes and probabilities of images',
+    'attend': 'where a model attends in images, as pictures',
     'summarize': "a model's parameters, multiply-adds and activation memory",
     'check_data': 'what a config will read, with one decoded batch',
     'benchmark': 'time and memory of GPSA next to plain attention',

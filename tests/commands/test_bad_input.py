@@ -115,6 +115,7 @@ def test_workdirs_that_cannot_be_written(fails, tmp_path, place):
         ['evaluate', '--workdir={}'],
         ['evaluate', *DIGITS, '--weights={}'],
         ['predict', __file__, '--weights={}'],
+        ['attend', __file__, '--out=out', '--weights={}'],
     ],
 )
 def test_weights_that_are_not_there(fails, tmp_path, argv):
@@ -136,6 +137,7 @@ def test_weights_that_are_damaged(fails, tmp_path, digits, make_image, item):
     image = make_image('grey.png', 8, 8)
     for argv in (
         ['predict', image, f'--weights={tmp_path}/run'],
+        ['attend', image, f'--weights={tmp_path}/run', f'--out={tmp_path}/out'],
         ['evaluate', f'--workdir={tmp_path}/run'],
     ):
         message = fails(*argv)
@@ -209,6 +211,20 @@ def test_images_of_other_channels(
     code, out, err = run(*argv, '--convert_channels')
     assert (code, err) == (0, '')
     assert out.startswith(f'{image}  ')
+
+
+def test_images_to_attend_to(fails, digits, make_image, tmp_path):
+    """They are read as `predict` reads them, before anything is written."""
+    bad, missing = make_image('bad.png', 31, 37), tmp_path / 'none.png'
+    bad.write_bytes(bad.read_bytes()[:200])
+    colour = make_image('colour.png', 8, 8, 3)
+    argv = ['attend', f'--weights={digits}', f'--out={tmp_path}/out']
+    assert fails(*argv, missing) == f'no such image: {missing}'
+    message = f'{bad} cannot be decoded: image file is truncated'
+    assert fails(*argv, bad) == message
+    message = f'{colour} has 3 channel(s), the model takes 1; '
+    assert fails(*argv, colour).startswith(message)
+    assert not (tmp_path / 'out').exists()
 
 
 # --- Folders of images --------------------------------------------------------
@@ -294,3 +310,45 @@ def test_models_to_summarize_that_do_not_fit(fails, argv, message):
 def test_token_counts_to_benchmark_that_do_not_fit(fails, tokens):
     message = fails('benchmark', 'gpsa', f'--tokens={tokens}')
     assert message == f'--tokens is a list such as 196,1024, not {tokens!r}'
+
+
+@pytest.mark.parametrize('query', ['', '1', '1,', 'x,1', '-1,2', '1,2,3', 'class'])
+def test_queries_that_are_none(fails, query):
+    message = fails('attend', 'a.png', '--weights=x', '--out=y', f'--query={query}')
+    assert message == f"--query is ROW,COLUMN such as 1,2, or 'mean', not {query!r}"
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (
+            ['--query=1,4'],
+            '--query=1,4 is outside of the 4x4 grid of block00; the last is 3,3',
+        ),
+        (['--query=4,1', '--layers=block01'], '--query=4,1 is outside of the 4x4 grid'),
+        (['--layers=block1'], "unknown layer 'block1'; did you mean 'block01'?"),
+        (['--layers=block00,'], "unknown layer ''; choose one of: block00, block01"),
+    ],
+)
+def test_maps_that_are_not_there(fails, digits, make_image, tmp_path, argv, message):
+    argv = [make_image('grey.png', 8, 8), f'--out={tmp_path}/out', *argv]
+    assert fails('attend', f'--weights={digits}', *argv).startswith(message)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_models_without_attention(fails, colour, make_image, tmp_path):
+    image = make_image('colour.png', 10, 10, 3)
+    message = fails('attend', f'--weights={colour}', image, f'--out={tmp_path}/out')
+    assert message == (
+        'CNN has no attention to map: none of its modules sows attention_weights'
+    )
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('place', ['file', 'file/maps'])
+def test_pictures_that_cannot_be_written(fails, digits, make_image, tmp_path, place):
+    (tmp_path / 'file').write_text('mine')
+    image, out = make_image('grey.png', 8, 8), tmp_path / place
+    message = fails('attend', f'--weights={digits}', image, f'--out={out}')
+    assert message == f'cannot write {out}/grey/image.png: Not a directory'
+    assert (tmp_path / 'file').read_text() == 'mine'

@@ -41,7 +41,8 @@ def test_help_is_quick():
         'for command in COMMANDS:\n'
         '    with contextlib.suppress(SystemExit):\n'
         '        main([command, "--help"])\n'
-        'slow = {"grain", "orbax", "tensorflow", "tensorflow_datasets", "torch"}\n'
+        'slow = {"grain", "matplotlib", "orbax", "tensorflow", "tensorflow_datasets",'
+        ' "torch"}\n'
         'sys.exit(str(slow & set(sys.modules)) if slow & set(sys.modules) else 0)\n'
     )
     argv = [sys.executable, '-c', program]
@@ -67,6 +68,7 @@ def test_unknown_commands(fails, command, nearest):
         (['evaluate', '--weight=/x'], "'--weight=/x'; did you mean --weights?"),
         (['predict', '--jsn', 'a.png'], "'--jsn'; did you mean --json?"),
         (['predict', 'a.png', '--weights=x', '--topk=3'], "'--topk=3'"),
+        (['attend', '--quary=1,2', 'a.png'], "'--quary=1,2'; did you mean --query?"),
         (['summarize', '--modle=CNN'], "'--modle=CNN'; did you mean --model?"),
         (['check_data', '--workdir=/x', '--config=x'], "'--workdir=/x'"),
         (['benchmark', 'gpsa', '--round=3'], "'--round=3'; did you mean --rounds?"),
@@ -85,6 +87,7 @@ def test_unknown_options(fails, argv, message):
     [
         (['train'], 'required: --config, --workdir'),
         (['predict', '--weights=/x'], 'required: IMAGE'),
+        (['attend', 'a.png', '--weights=/x'], 'required: --out'),
         (['summarize'], 'required: --model'),
         (['summarize', '--model=CNN', '--channels=0'], 'invalid positive value'),
         (['summarize', '--model=CNN', '--num_classes=x'], 'invalid positive value'),

@@ -1,0 +1,193 @@
+"""vit_jax attend"""
+
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+
+from vit_jax.commands import options, trained
+from vit_jax.errors import UserError, times, unknown
+from vit_jax.typing import Array, Shape
+
+if TYPE_CHECKING:  # --help is quick
+    from matplotlib.figure import Figure
+
+    from vit_jax.maps import AttentionMaps, LayerMaps
+
+EPILOG = """\
+In DIR a folder per image holds
+  image.png          the image as the model sees it
+  <layer>.png        where each head attends, on one colour scale, and their mean
+  rollout.png        attention through all layers (arXiv 2005.00928); patch models
+  pool.png           where the query of pool='map' attends
+and beside these folders lie
+  non_locality.png   how far each layer looks (arXiv 2103.10697), mean of the images
+  gates.txt          the share of position in each head of the GPSA layers
+
+Shown is what the class token attends to; in a layer without one, what the centre
+patch does (framed). --query=ROW,COLUMN shows what that patch attends to in every
+layer, from 0,0 at the top left; --query=mean the mean over all patches.
+
+  vit_jax attend --weights=/tmp/digits seven.png --out=/tmp/maps
+  vit_jax attend --weights=/tmp/digits seven.png --out=/tmp/maps --layers=block03
+"""
+
+Query: TypeAlias = Shape | str | None  # (row, column), 'mean', or the default
+
+
+class View(NamedTuple):
+    """Where one query attends.
+
+    Attributes:
+      maps: `[N, R, C]`, over the keys.
+      query: what attends, in words.
+      cell: (row, column) of the query, where it is one cell.
+      grid: (rows, columns) of the queries.
+    """
+
+    maps: Array
+    query: str
+    cell: Shape | None
+    grid: Shape
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = options.make_parser(
+        'attend', 'Where a model attends in images, as pictures.', epilog=EPILOG
+    )
+    trained.add_arguments(parser)
+    parser.add_argument('--out', required=True, metavar='DIR', help='made if need be')
+    parser.add_argument('--layers', help='such as block00,block03; default all')
+    parser.add_argument('--query', help="ROW,COLUMN of a patch, or 'mean'")
+    args = options.parse_strict(parser, argv)
+    query = _parse_query(args.query)
+
+    found, images = trained.load(args)
+    import jax
+
+    from vit_jax.maps import attention_maps
+
+    @jax.jit
+    def run(variables, images):
+        return attention_maps(found.model, variables, found.normalize(images))
+
+    out, distances = pathlib.Path(args.out), []
+    for folder, pixels in zip(_folders(args.images), images):
+        # One image at a time: the maps of a large model fill the memory.
+        maps = jax.device_get(run(found.variables, pixels[None]))
+        views = _views(maps, args.layers, query)
+        predicted = found.class_names[int(np.argmax(maps.logits))]
+        _write_image(out / folder, pixels, views, f'predicted: {predicted}')
+        distances.append([layer.non_locality[0] for layer in maps.layers])
+    _write_layers(out, maps.layers, [np.mean(each, axis=0) for each in zip(*distances)])
+
+
+def _parse_query(text: str | None) -> Query:
+    if text is None or text == 'mean':
+        return text
+    if not re.fullmatch(r'\d+,\d+', text):
+        raise UserError(f"--query is ROW,COLUMN such as 1,2, or 'mean', not {text!r}")
+    row, column = map(int, text.split(','))
+    return row, column
+
+
+def _folders(images: Sequence[str]) -> list[str]:
+    """A name for each image's folder: that of the file, numbered where it recurs."""
+    names: list[str] = []
+    for image in images:
+        name, number = pathlib.Path(image).stem, 1
+        while name in names:
+            number += 1
+            name = f'{pathlib.Path(image).stem}_{number}'
+        names.append(name)
+    return names
+
+
+def _views(maps: 'AttentionMaps', chosen: str | None, query: Query) -> dict[str, View]:
+    """What there is to draw of one image, by name."""
+    layers = {layer.name: layer for layer in maps.layers}
+    names = chosen.split(',') if chosen else list(layers)
+    for name in names:
+        if name not in layers:
+            raise unknown('layer', name, layers)
+    views = {name: _view(layers[name], query) for name in names}
+    if maps.rollout is not None:
+        views['rollout'] = _view(maps.rollout, query)
+    if maps.pool is not None:
+        pooled = maps.pool[0]
+        views['pool'] = View(pooled, 'the pooling query', None, pooled.shape[1:])
+    return views
+
+
+def _view(layer: 'LayerMaps', query: Query) -> View:
+    """Where the query attends in a layer.
+
+    Raises:
+      UserError: for a query outside of the grid.
+    """
+    rows, columns = layer.grid
+    if query is None and layer.num_prefix:
+        return View(layer.prefix_weights[0, :, 0], 'the class token', None, layer.grid)
+    weights = layer.grid_weights[0]  # [N, R, C, *key_grid]
+    if isinstance(query, str):
+        return View(weights.mean(axis=(1, 2)), 'all patches, mean', None, layer.grid)
+    row, column = query or (rows // 2, columns // 2)
+    if row >= rows or column >= columns:
+        raise UserError(
+            f'--query={row},{column} is outside of the {times(layer.grid)} grid of '
+            f'{layer.name}; the last is {rows - 1},{columns - 1}'
+        )
+    words = f'patch {row},{column}'
+    return View(weights[:, row, column], words, (row, column), layer.grid)
+
+
+def _write_image(
+    folder: pathlib.Path, pixels: np.ndarray, views: dict[str, View], predicted: str
+) -> None:
+    """The pictures of one image."""
+    from vit_jax.pictures import draw_image, draw_sheet
+
+    _save(folder / 'image.png', draw_image(pixels))
+    for name, view in views.items():
+        title = f'{folder.name}, {name}: where {view.query} attends'
+        heat = np.asarray(view.maps)
+        figure = draw_sheet(pixels, heat, title, predicted, view.cell, view.grid)
+        _save(folder / f'{name.replace("/", "-")}.png', figure)
+
+
+def _write_layers(
+    out: pathlib.Path, layers: Sequence['LayerMaps'], distances: list[np.ndarray]
+) -> None:
+    """What is told of layers, not of images."""
+    from vit_jax.pictures import draw_non_locality
+
+    names = [layer.name for layer in layers]
+    _save(out / 'non_locality.png', draw_non_locality(names, distances))
+    gates = {layer.name: layer.gates for layer in layers if layer.gates is not None}
+    if gates:
+        _save(out / 'gates.txt', format_gates(gates))
+
+
+def format_gates(gates: dict[str, Array]) -> str:
+    """A row per layer: each head's gate, and their mean."""
+    width = max(map(len, gates))
+    heads = max(map(len, gates.values()))
+    lines = [f'{"layer":{width}}   mean' + ''.join(f'{n:7}' for n in range(heads))]
+    for name, values in gates.items():
+        numbers = [np.mean(values), *values]
+        lines.append(f'{name:{width}}' + ''.join(f'{x:7.3f}' for x in numbers))
+    return '\n'.join(lines) + '\n'
+
+
+def _save(path: pathlib.Path, what: 'Figure | str') -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(what, str):
+            path.write_text(what)
+        else:
+            what.savefig(path)
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror}') from error
+    print(path)
