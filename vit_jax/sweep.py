@@ -108,7 +108,7 @@ def percent(lines: list[dict[str, Any]], config: str, **overrides: Any) -> str:
         for line in lines
         if line['config'] == config and line['overrides'] == wanted
     ]
-    if not values:
-        return 'not run'
-    spread = statistics.stdev(values) if len(values) > 1 else float('nan')
-    return f'{statistics.mean(values):.1f} ± {spread:.1f} ({len(values)} seeds)'
+    if len(values) > 1:
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        return f'{mean:.1f} ± {spread:.1f} ({len(values)} seeds)'
+    return f'{values[0]:.1f} (1 seed)' if values else 'not run'

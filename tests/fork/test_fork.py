@@ -1,4 +1,4 @@
-"""A fork adds a dataset, a model, an attention layer and a task by dotted path."""
+"""What a fork adds by dotted path: data, a model, attention, a block, a task."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from vit_jax.main import main
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize('variant', ['model', 'layer', 'task'])
+@pytest.mark.parametrize('variant', ['model', 'layer', 'block', 'task'])
 def test_what_a_fork_adds_trains_and_is_evaluated(
     variant, tmp_path, monkeypatch, capsys
 ):

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.sweep import Cell, percent, run_sweep
+
+CONFIG = 'configs/digits_cnn.py:smoke'
+
+
+def test_a_name_serves_as_a_folder():
+    cell = Cell('configs/digits_road.py:sagan', {'dataset.train_fraction': 0.1}, 3)
+    assert cell.name == 'digits_road-sagan-dataset.train_fraction=0.1-3'
+
+
+def test_a_sweep_runs_what_has_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
+    results = tmp_path / 'results.jsonl'
+    first, second = (Cell(CONFIG, {'num_steps': n}, seed=7) for n in (1, 2))
+    (line,) = run_sweep([first], results, tmp_path / 'runs')
+    assert line['steps'] == 1
+    assert line['examples'] == 359
+    assert 0 <= line['accuracy'] <= 1
+    assert line['params'] > 100_000
+    assert json.loads(results.read_text()) == line
+    assert (tmp_path / 'runs' / first.name / 'config.json').exists()
+
+    # A line says that its cell has run, whatever it holds.
+    results.write_text(json.dumps({**line, 'accuracy': -1.0}) + '\n')
+    lines = run_sweep([first, second], results, tmp_path / 'runs')
+    assert [each['accuracy'] >= 0 for each in lines] == [False, True]
+    assert [each['steps'] for each in lines] == [1, 2]
+    assert [json.loads(text) for text in results.read_text().splitlines()] == lines
+
+
+def test_an_unknown_key_is_told(tmp_path):
+    cells = [Cell(CONFIG, {'num_stps': 1}, 0)]
+    with pytest.raises(UserError, match='num_stps'):
+        run_sweep(cells, tmp_path / 'results.jsonl', tmp_path)
+    assert not (tmp_path / 'results.jsonl').exists()
+
+
+def test_percent_of_one_seed_has_no_spread():
+    lines = [{'config': 'a', 'overrides': {}, 'accuracy': 0.25}]
+    assert percent(lines, 'a') == '25.0 (1 seed)'
