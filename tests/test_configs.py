@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import chex
 import jax
 import pytest
 
@@ -27,8 +28,7 @@ def test_the_real_step_traces_without_the_data(path):
     run = build(load_config(str(path)))
     before = run.state_shape
     after, metrics = jax.eval_shape(run.train_step, before, run.batch_shape)
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (before, after)]
-    assert shapes[0] == shapes[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     assert {'loss', 'accuracy'} <= set(metrics)
     params = jax.tree.leaves(before.variables['params'])
     assert all(x.dtype == 'float32' for x in params)

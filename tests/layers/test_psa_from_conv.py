@@ -1,6 +1,6 @@
 """Positional self-attention as a convolution: exactly, and at the start of GPSA."""
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference as reference
@@ -52,8 +52,7 @@ def test_the_parameters_are_those_of_the_layer():
     layer = PSA(9, (4, 7), head_dim=IN, out_dim=OUT)
     expected = reference.init_shapes(layer, jnp.zeros((1, 28, IN)))
     params = psa_from_conv(jnp.zeros((3, 3, IN, OUT)))
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
 
 
 def test_the_error_falls_with_the_locality_strength():
