@@ -1,9 +1,16 @@
 """What the README shows is run; what it names exists."""
 
 import doctest
+import importlib
+import inspect
 import pathlib
+import pkgutil
 import re
 
+import flax.linen as nn
+
+import vit_jax.layers
+import vit_jax.models
 from vit_jax.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -14,6 +21,17 @@ def test_the_python_of_the_readme_runs():
     failed, attempted = doctest.testfile(str(ROOT / 'README.md'), module_relative=False)
     assert attempted > 0
     assert failed == 0
+
+
+def test_every_module_has_an_example():
+    for package in (vit_jax.layers, vit_jax.models):
+        for info in pkgutil.iter_modules(package.__path__):
+            source = importlib.import_module(f'{package.__name__}.{info.name}')
+            for name, thing in vars(source).items():
+                ours = getattr(thing, '__module__', None) == source.__name__
+                if ours and inspect.isclass(thing) and issubclass(thing, nn.Module):
+                    text = f'{thing.__doc__} {thing.__call__.__doc__}'
+                    assert '>>> ' in text, f'{source.__name__}.{name} has no example'
 
 
 def test_every_command_of_the_readme_exists():

@@ -53,6 +53,14 @@ class EncoderBlock(nn.Module):
 
         Returns:
           `[B, T, D]`.
+
+        >>> import jax
+        >>> from functools import partial
+        >>> from vit_jax.layers.attention import MultiHeadAttention
+        >>> block = EncoderBlock(partial(MultiHeadAttention, num_heads=2), mlp_dim=16)
+        >>> x = jnp.ones((3, 5, 8))
+        >>> block.apply(block.init(jax.random.key(0), x), x).shape
+        (3, 5, 8)
         """
         given = {} if mask is None else {'mask': mask}  # not every attention takes it
 

@@ -138,7 +138,14 @@ class RelativePositions(nn.Module):
 
     @nn.compact
     def __call__(self, query: Array, grid: Grid) -> Array:
-        """Args: query, `[B, T, N, H]`. Returns `relative_logits`, `[B, N, T, T]`."""
+        """Args: query, `[B, T, N, H]`. Returns `relative_logits`, `[B, N, T, T]`.
+
+        >>> import jax
+        >>> query = jnp.ones((2, 15, 3, 8))
+        >>> module = RelativePositions()
+        >>> module.init_with_output(jax.random.key(0), query, (3, 5))[0].shape
+        (2, 3, 15, 15)
+        """
         self._check_grid(grid)
         size = query.shape[-1]
         init = nn.initializers.normal(size**-0.5)

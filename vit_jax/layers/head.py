@@ -41,7 +41,24 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x, `[B, T, D]`. Returns `[B, V]` float32."""
+        """Classifies encoded tokens.
+
+        Args:
+          x: `[B, T, D]`; for 'cls' the class token comes first.
+          train: whether dropout is on.
+
+        Returns:
+          `[B, V]` float32.
+
+        Raises:
+          UserError: for an unknown `pool`.
+
+        >>> import jax
+        >>> head = Head(num_classes=7, pool='map', num_heads=2, mlp_dim=16)
+        >>> x = jnp.ones((3, 5, 8))
+        >>> head.apply(head.init(jax.random.key(0), x), x).shape
+        (3, 7)
+        """
         if self.pool not in POOLS:
             raise unknown('pool', self.pool, POOLS)
         x = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='norm')(x)

@@ -289,7 +289,15 @@ class SpatialValues(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Args: x, blocks `[X, k * k, D]`. Returns `[X, k * k, features]`."""
+        """Args: x, blocks `[X, k * k, D]`. Returns `[X, k * k, features]`.
+
+        >>> module = SpatialValues(features=8, kernel_size=2, num_mixtures=3,
+        ...     embedding_dim=5, kernel_init=nn.initializers.lecun_normal(),
+        ...     dtype=jnp.float32)
+        >>> blocks = jnp.ones((6, 4, 3))
+        >>> module.init_with_output(jax.random.key(0), blocks)[0].shape
+        (6, 4, 8)
+        """
 
         def init_kernels(rng: PRNGKey) -> Array:
             shape = (x.shape[-1], self.features)

@@ -52,7 +52,13 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x, `[..., D]`; train, whether dropout is on. Returns `[..., D]`."""
+        """Args: x, `[..., D]`; train, whether dropout is on. Returns `[..., D]`.
+
+        >>> import jax
+        >>> block, x = MlpBlock(mlp_dim=16), jnp.ones((3, 5, 8))
+        >>> block.apply(block.init(jax.random.key(0), x), x).shape
+        (3, 5, 8)
+        """
         width = x.shape[-1]
         dense = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
         x = nn.Dense(self.mlp_dim, name='fc1', **dense)(x)

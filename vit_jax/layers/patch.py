@@ -38,6 +38,12 @@ class PatchEmbed(nn.Module):
         Raises:
           UserError: when a patch does not divide its axis, the rank of `x` does not
             suit `patch_size`, or the channels are not those of the parameters.
+
+        >>> import jax
+        >>> video = jnp.ones((2, 6, 8, 12, 3))  # frames, height, width, channels
+        >>> patches = PatchEmbed(width=16, patch_size=(2, 4, 4))
+        >>> patches.apply(patches.init(jax.random.key(0), video), video).shape
+        (2, 3, 2, 3, 16)
         """
         size, channels = x.shape[1:-1], x.shape[-1]
         if not 1 <= len(size) <= 3:

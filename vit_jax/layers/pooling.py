@@ -21,7 +21,13 @@ class ClassToken(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Args: x, `[B, T, D]`. Returns `[B, 1 + T, D]`."""
+        """Args: x, `[B, T, D]`. Returns `[B, 1 + T, D]`.
+
+        >>> import jax
+        >>> x = jnp.ones((3, 5, 8))
+        >>> ClassToken().init_with_output(jax.random.key(0), x)[0].shape
+        (3, 6, 8)
+        """
         token = self.param(
             'cls', self.token_init, (1, 1, x.shape[-1]), jnp.float32
         ).astype(x.dtype)
@@ -52,7 +58,13 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x, `[B, T, D]`. Returns `[B, D]`."""
+        """Args: x, `[B, T, D]`; train, whether dropout is on. Returns `[B, D]`.
+
+        >>> import jax
+        >>> pool, x = AttentionPool(num_heads=2, mlp_dim=16), jnp.ones((3, 5, 8))
+        >>> pool.apply(pool.init(jax.random.key(0), x), x).shape
+        (3, 8)
+        """
         init = nn.initializers.xavier_uniform()
         probe = self.param('probe', init, (1, 1, x.shape[-1]), jnp.float32).astype(
             x.dtype

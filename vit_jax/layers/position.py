@@ -121,6 +121,10 @@ def sincos(
 
     Raises:
       UserError: when `width` is odd.
+
+    >>> sincos(np.array([0.0, np.pi / 2]), 2).round(6)
+    array([[0., 1.],
+           [1., 0.]], dtype=float32)
     """
     _check_even(width)
     angles = _angles(positions, width // 2, max_wavelength)
@@ -299,6 +303,12 @@ class PositionEmbedding(nn.Module):
         Raises:
           UserError: for an unknown `kind`, a width it cannot fill, or a grid that is
             not that of the learned embeddings.
+
+        >>> tokens = jnp.zeros((2, 1 + 15, 8))  # a class token and a grid of 3x5
+        >>> module = PositionEmbedding('sincos2d')
+        >>> out = module.apply({}, tokens, grid=(3, 5))
+        >>> out.shape, float(abs(out[:, 0]).max())
+        ((2, 16, 8), 0.0)
         """
         num_tokens, width = x.shape[1:]
         num_prefix = num_tokens - math.prod(grid)

@@ -376,6 +376,11 @@ class GPSA(nn.Module):
         Raises:
           UserError: when T does not fill the grid, `num_heads` does not divide D,
             or the heads are no square and `local_init` is set.
+
+        >>> layer = GPSA(num_heads=4, grid=(3, 5))
+        >>> x = jnp.ones((2, 15, 8))
+        >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+        (2, 15, 8)
         """
         width = x.shape[-1]
         head_dim = resolve_head_dim(width, self.num_heads, None)

@@ -29,7 +29,14 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x, `[B, ...]`; the rows are examples. Returns the same shape."""
+        """Args: x, `[B, ...]`; the rows are examples. Returns the same shape.
+
+        >>> rngs = {'dropout': jax.random.key(0)}
+        >>> x = jnp.ones((1, 1000))
+        >>> out = Dropout(0.5).apply({}, x, train=True, rngs=rngs)
+        >>> sorted(set(out.ravel().tolist()))
+        [0.0, 2.0]
+        """
         if not 0.0 <= self.rate < 1.0:
             raise UserError(f'a dropout rate is in [0, 1), not {self.rate}')
         if not train or self.rate == 0.0:
@@ -56,7 +63,13 @@ class DropPath(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x, `[B, ...]`, a residual branch. Returns the same shape."""
+        """Args: x, `[B, ...]`, a residual branch. Returns the same shape.
+
+        >>> rngs = {'dropout': jax.random.key(0)}
+        >>> out = DropPath(0.5).apply({}, jnp.ones((9, 2, 3)), train=True, rngs=rngs)
+        >>> bool((out == out[:, :1, :1]).all())  # a branch is kept or dropped whole
+        True
+        """
         all_but_batch = tuple(range(1, x.ndim))
         dropout = Dropout(self.rate, shared_axes=all_but_batch, name='dropout')
         return dropout(x, train=train)

@@ -33,7 +33,14 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Array:
-        """Args: image, `[B, height, width, channels]`. Returns logits `[B, V]`."""
+        """Args: image, `[B, height, width, channels]`. Returns logits `[B, V]`.
+
+        >>> import jax
+        >>> model = CNN(num_classes=7, widths=(8, 16), strides=(1, 2))
+        >>> image = jnp.ones((3, 4, 10, 1))
+        >>> model.apply(model.init(jax.random.key(0), image), image).shape
+        (3, 7)
+        """
         if len(self.widths) != len(self.strides):
             raise UserError(
                 f'CNN needs a stride per width; got {self.widths} and {self.strides}'

@@ -60,7 +60,15 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x, `[B, R, C, channels]`. Returns `[B, R/s, C/s, features]`."""
+        """Args: x, `[B, R, C, channels]`. Returns `[B, R/s, C/s, features]`.
+
+        >>> import jax
+        >>> block = ResidualBlock(width=8, strides=2, bottleneck=True,
+        ...     preactivation=False, conv=Conv, spatial=Conv, norm=nn.LayerNorm)
+        >>> x = jnp.ones((2, 3, 5, 8))
+        >>> block.init_with_output(jax.random.key(0), x)[0].shape
+        (2, 2, 3, 32)
+        """
         features = self.width * (4 if self.bottleneck else 1)
         pointwise = partial(self.conv, kernel_size=1)
         spatial = partial(self.spatial, features=self.width)
