@@ -3,7 +3,7 @@
 data      8x8 grey digits, 1,438 to train on, 359 held out; scikit-learn ships them
 model     a step of STEPS below, 0.13M to 0.15M parameters
 recipe    AdamW, 1,000 steps of 64 images, shifts by one pixel; the same for each
-expected  experiments/digits_road/README.md
+expected  99.5% (cnn) to 49.9% (no_positions): experiments/digits_road
 
   vit_jax train --config=configs/digits_road.py:sagan --workdir=/tmp/road/sagan
 """
