@@ -169,6 +169,116 @@ def test_weights_are_float32_and_apply_to_the_values():
     reference.assert_close(out, expected)
 
 
+def test_bias_of_bfloat16_attention_stays_float32():
+    # 100 and 100.25 are equal in bfloat16; both queries and keys are zero.
+    x = jnp.zeros((1, 2, 1, 4), jnp.bfloat16)
+    bias = jnp.float32([100.0, 100.25]).reshape(1, 1, 1, 2)
+    weights = jax.jit(attention_weights)(x, x, bias=bias)
+    expected = 1 / (1 + math.exp(-0.25))
+    np.testing.assert_allclose(weights[0, 0, :, 1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('impl', ['auto', *IMPLS])
+def test_the_result_has_the_dtype_of_the_query(impl):
+    query, key, value = map(jnp.float32, qkv())
+    attend = jax.jit(partial(dot_product_attention, impl=impl))
+    assert attend(jnp.bfloat16(query), key, value).dtype == jnp.bfloat16
+    out = attend(query, jnp.bfloat16(key), jnp.bfloat16(value))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, attend(query, key, value), atol=0.05)
+
+
+@pytest.mark.parametrize('impl', ['auto', 'chunked', 'dense'])
+def test_values_may_be_larger_than_keys(impl):
+    query, key, _ = qkv()
+    (value,) = reference.random_arrays(9, (B, S, N, 13))
+    out = jax.jit(partial(dot_product_attention, impl=impl))(query, key, value)
+    weights = reference.attention(query, key, key)[1]
+    expected = np.einsum('bnts,bsnh->btnh', weights, value)
+    reference.assert_close(out, expected)
+
+
+def test_values_larger_than_keys_are_not_for_the_library():
+    query, key, _ = map(jnp.float32, qkv())
+    with pytest.raises(UserError, match=r"'xla' needs values as large as keys, not"):
+        dot_product_attention(query, key, jnp.zeros((B, S, N, 13)), impl='xla')
+
+
+class Gpu:
+    def __init__(self, compute_capability):
+        self.compute_capability = compute_capability
+
+
+def pretend_gpu(monkeypatch, compute_capability):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(jax, 'devices', lambda: [Gpu(compute_capability)])
+
+
+@pytest.mark.parametrize(
+    ('capability', 'impl'), [('8.0', 'cudnn'), ('12.0', 'cudnn'), ('7.5', 'xla')]
+)
+def test_auto_takes_cudnn_where_it_runs(monkeypatch, capability, impl):
+    pretend_gpu(monkeypatch, capability)
+    x = jax.ShapeDtypeStruct((2, 3, 5, 64), jnp.bfloat16)
+    assert attention.auto_impl(x, x) == impl
+
+
+def test_an_amd_gpu_has_no_cudnn(monkeypatch):
+    pretend_gpu(monkeypatch, 'gfx90a')
+    x = jnp.zeros((B, T, N, 64), jnp.bfloat16)
+    assert attention.auto_impl(x, x) == 'xla'
+    with pytest.raises(UserError, match=r"'cudnn' needs an NVIDIA GPU .* use 'auto'"):
+        dot_product_attention(x, x, x, impl='cudnn')
+
+
+def test_cudnn_is_given_every_term(monkeypatch):
+    """What jax.nn would be called with on a GPU, computed by its other kernel."""
+    pretend_gpu(monkeypatch, '9.0')
+    called, real = [], jax.nn.dot_product_attention
+
+    def spy(*args, implementation, **kwargs):
+        called.append(implementation)
+        return real(*args, **kwargs, implementation='xla')
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', spy)
+    arrays = [jnp.float32(x) for x in qkv()]
+    for terms in ({'bias': (B, N, T, S), 'mask': PADDING}, {'causal': True}):
+        given = dict(terms)
+        if 'bias' in given:
+            (given['bias'],) = map(
+                jnp.float32, reference.random_arrays(4, given['bias'])
+            )
+        out = dot_product_attention(*arrays, **given, impl='cudnn')
+        expected = dot_product_attention(*arrays, **given, impl='dense')
+        reference.assert_close(out, expected)
+    assert called == ['cudnn', 'cudnn']
+
+
+def test_what_cudnn_does_not_do_is_told(monkeypatch):
+    pretend_gpu(monkeypatch, '9.0')
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError('Q must be fp16/bf16')
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', refuse)
+    x = jnp.zeros((B, T, N, H))
+    with pytest.raises(UserError, match="'cudnn': Q must be fp16/bf16; use 'auto'"):
+        dot_product_attention(x, x, x, impl='cudnn')
+
+
+def test_cudnn_without_a_gpu_is_told():
+    x = jnp.zeros((B, T, N, H), jnp.bfloat16)
+    with pytest.raises(UserError, match=r"'cudnn' needs an NVIDIA GPU"):
+        dot_product_attention(x, x, x, impl='cudnn')
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_no_queries_give_no_rows(impl):
+    query, key, value = map(jnp.float32, qkv(length=2))
+    out = dot_product_attention(query[:, :0], key, value, impl=impl)
+    assert out.shape == (B, 0, N, H)
+
+
 @pytest.mark.parametrize(
     ('backend', 'dtype', 'head_dim', 'source', 'terms', 'expected'),
     [
@@ -192,6 +302,7 @@ def test_auto_chooses_by_platform_dtype_and_length(
     monkeypatch, backend, dtype, head_dim, source, terms, expected
 ):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    monkeypatch.setattr(jax, 'devices', lambda: [Gpu('9.0')])
     query = jax.ShapeDtypeStruct((2, 3, 5, head_dim), dtype)
     key = jax.ShapeDtypeStruct((2, source, 5, head_dim), dtype)
     term = jax.ShapeDtypeStruct((1, 1, 1, source), dtype)
@@ -244,7 +355,7 @@ ERRORS = {
         {'value': (B, 1, N, H)},
         r'needs key and value of shape.*and \(2, 1, 3, 7\)',
     ),
-    'other size of values': ({'value': (B, S, N, 1)}, r'needs key and value of shape'),
+    'fewer heads of values': ({'value': (B, S, 1, H)}, r'and \(2, 5, 1, 7\)'),
     'bias': (
         {'bias': (B, N, S, T)},
         r'bias of shape \(2, 3, 5, 11\) does not broadcast to .* \(2, 3, 11, 5\)',
@@ -382,6 +493,23 @@ def test_module_passes_its_impl_on():
     x = jnp.zeros((B, T, N * H))
     with pytest.raises(UserError, match="'dens'; did you mean 'dense'"):
         reference.init_shapes(MultiHeadAttention(N, impl='dens'), x)
+
+
+@pytest.mark.parametrize('fields', [{'num_heads': 0}, {'head_dim': 0}])
+def test_sizes_of_nothing_are_told(fields):
+    module = MultiHeadAttention(**{'num_heads': N, **fields})
+    with pytest.raises(UserError, match=f'{next(iter(fields))} must be above 0, not 0'):
+        reference.init_shapes(module, jnp.zeros((B, T, N * H)))
+
+
+def test_weights_are_sown_before_dropout():
+    module = MultiHeadAttention(N, dropout_rate=0.5)
+    (x,) = module_inputs((B, T, N * H), None)
+    params = reference.random_params(module, x)
+    kwargs = {'train': True, 'rng': jax.random.key(1), 'mutable': 'intermediates'}
+    _, sown = reference.apply(module, params, x, **kwargs)
+    (weights,) = sown['intermediates']['attention_weights']
+    reference.assert_close(weights.sum(axis=-1), np.ones((B, N, T)))
 
 
 def test_heads_that_do_not_divide_the_width_are_told():

@@ -150,6 +150,40 @@ def test_source_of_cross_attention_is_projected_at_the_first_call_only():
     reference.assert_close(np.concatenate([out, rest], axis=1), whole, 1e-6)
 
 
+def test_init_remembers_no_source():
+    module = MultiHeadAttention(N)
+    x, source = reference.random_arrays(1, (B, T, D), (B, S, 11))
+    params = reference.random_params(module, x, source)
+    dummy = np.zeros_like(source)
+    made = module.init(jax.random.key(0), x, dummy, decode=True)
+    variables = {**made, 'params': params}
+    out, _ = module.apply(variables, x, source, decode=True, mutable=['cache'])
+    reference.assert_close(out, reference.apply(module, params, x, source), 1e-6)
+
+
+def test_a_source_of_another_size_is_told():
+    module = MultiHeadAttention(N)
+    x, source = reference.random_arrays(1, (B, T, D), (B, S, 11))
+    params = reference.random_params(module, x, source)
+    _, cache = module.apply(
+        {'params': params}, x, source, decode=True, mutable=['cache']
+    )
+    variables = {'params': params, **cache}
+    with pytest.raises(UserError, match=r'\(2, 5\); this one has \(2, 4\)'):
+        module.apply(variables, x, source[:, :4], decode=True, mutable=['cache'])
+
+
+def test_causal_is_for_self_attention_only():
+    module = MultiHeadAttention(N, causal=True, cache_length=T)
+    x, source = reference.random_arrays(1, (B, T, D), (B, S, 11))
+    params = reference.random_params(module, x, source)
+    whole = reference.apply(module, params, x, source)
+    expected = reference.multi_head_attention(reference.float64(params), x, source)
+    reference.assert_close(whole, expected)
+    out, _ = decode(module, params, [x[:, :3], x[:, 3:]], source)
+    reference.assert_close(out, whole, 1e-6)
+
+
 @pytest.mark.parametrize('norm_first', [True, False])
 @pytest.mark.parametrize('lengths', [(1,) * T, (4, 2, 1)])
 def test_decoder_block_decodes_as_in_one_pass(norm_first, lengths):
@@ -164,3 +198,15 @@ def test_decoder_block_decodes_as_in_one_pass(norm_first, lengths):
     out, cache = decode(block, params, parts, encoded, cross_mask=cross_mask)
     assert set(cache) == {'self_attention', 'cross_attention'}
     reference.assert_close(out, whole, 2e-6)
+
+
+def test_decoder_block_takes_a_cache_from_init():
+    attention = partial(MultiHeadAttention, num_heads=N, cache_length=T)
+    block = DecoderBlock(attention, 13)
+    x, encoded = reference.random_arrays(2, (B, T, D), (B, S, 11))
+    params = reference.random_params(block, x, encoded)
+    dummies = np.zeros_like(x), np.zeros_like(encoded)
+    made = block.init(jax.random.key(0), *dummies, decode=True)
+    variables = {**made, 'params': params}
+    out, _ = block.apply(variables, x, encoded, decode=True, mutable=['cache'])
+    reference.assert_close(out, reference.apply(block, params, x, encoded), 2e-6)

@@ -124,6 +124,17 @@ def test_binary_tells_a_width_too_small():
         binary(np.array([1, 8]), 3)
 
 
+@pytest.mark.parametrize('positions', [[0, -1], [2.5]])
+def test_binary_tells_what_has_no_digits(positions):
+    with pytest.raises(UserError, match='whole numbers from 0'):
+        binary(np.array(positions), 4)
+
+
+@pytest.mark.parametrize('delta', [np.int64(2), np.float32(2), jnp.float32(2), [2]])
+def test_shift_matrix_takes_any_number(delta):
+    np.testing.assert_array_equal(shift_matrix(delta, 4), shift_matrix(2, 4))
+
+
 def test_sine_equals_the_loop():
     expected = np.zeros((5, 3))
     for t, i in np.ndindex(expected.shape):
@@ -218,6 +229,30 @@ def test_resize_between_ranks_is_told():
         resize_learned(learned((4, 9)), (36,))
 
 
+@pytest.mark.parametrize('grid', [(0, 7), (-2, 7)])
+def test_resize_to_nothing_is_told(grid):
+    with pytest.raises(UserError, match='a grid has lengths above 0'):
+        resize_learned(learned((4, 9)), grid)
+
+
+@pytest.mark.parametrize('kind', ['learned', 'sincos2d', 'none'])
+@pytest.mark.parametrize('shape', [(2, 14, 12), (15, 12), (2, 3, 5, 12)])
+def test_tokens_that_have_no_places_are_told(kind, shape):
+    module, x = position.PositionEmbedding(kind), jnp.zeros(shape)
+    with pytest.raises(UserError, match=r'\[B, P \+ T, D\], T those of a grid of 3x5'):
+        module.init(jax.random.key(0), x, (3, 5))
+
+
+@pytest.mark.parametrize(('trained', 'given'), [(1, 2), (1, 0), (0, 1)])
+def test_other_prefix_tokens_are_told(trained, given):
+    module = position.PositionEmbedding('learned')
+    x = jnp.zeros((1, 15 + trained, 8))
+    params = reference.random_params(module, x, grid=(3, 5))
+    message = f'positions for {trained} tokens before the grid; this input has {given}'
+    with pytest.raises(UserError, match=message):
+        module.apply({'params': params}, jnp.zeros((1, 15 + given, 8)), (3, 5))
+
+
 def test_every_name_is_tried_by_the_module():
     module_kinds = {'learned', 'none', *position._BY_NUMBER, *position._BY_AXIS}
     assert set(position.POSEMBS) == module_kinds
@@ -240,4 +275,4 @@ def test_every_name_is_tried_by_the_module():
 def test_a_grid_of_other_axes_is_told(kind, grid, right):
     module, x = position.PositionEmbedding(kind), jnp.zeros((1, math.prod(grid), 12))
     with pytest.raises(UserError, match=f'{kind!r} is for grids of .* use {right!r}'):
-        jax.eval_shape(module.apply, {}, x, grid)
+        module.apply({}, x, grid)

@@ -1,3 +1,4 @@
+import math
 import re
 from functools import partial
 
@@ -6,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference as reference
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vit_jax.errors import UserError
 from vit_jax.layers.psa import (
@@ -206,6 +209,44 @@ def test_nine_sharp_heads_are_a_convolution(impl):
 GRID = (3, 5)
 
 
+# Scores of 0, 100 and 100.25 from the first of three tokens in a row: the last two are
+# equal in bfloat16.
+CLOSE_SCORES = np.float32([[149.875], [0.0], [-49.875]])
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_bfloat16_rounds_neither_gates_nor_positions(impl):
+    tokens = jnp.zeros((1, 3, 1, 8), jnp.bfloat16)
+    value = tokens.at[:, 2].set(1.0)
+    attend = jax.jit(partial(gated_positional_attention, grid=(1, 3), impl=impl))
+    open_gate = jnp.float32([30.0])
+    out = attend(tokens, tokens, value, CLOSE_SCORES, None, open_gate)[0, 0, 0]
+    np.testing.assert_allclose(np.float32(out), 1 / (1 + math.exp(-0.25)), rtol=0.005)
+
+    # By position the first token sees itself only, so all that comes is content: the
+    # small rest of a gate near one, which bfloat16 would round by a third.
+    kernel, gating = jnp.float32([[0.0], [0.0], [-100.0]]), jnp.float32([5.0])
+    out = attend(tokens, tokens, value, kernel, None, gating)[0, 0, 0]
+    np.testing.assert_allclose(np.float32(out), 1 / 3 / (1 + math.exp(5)), rtol=0.005)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_devices_that_share_a_batch_gather_none_of_it(impl):
+    mesh = jax.make_mesh((8,), ('batch',), axis_types=(AxisType.Auto,))
+    module = GPSA(N, GRID, impl=impl)
+    x = jax.ShapeDtypeStruct((16, 15, N * H), jnp.float32)
+    params = reference.init_shapes(module, x)
+
+    def loss(params, x):
+        return jnp.sum(module.apply({'params': params}, x) ** 2)
+
+    shardings = [NamedSharding(mesh, spec) for spec in (P(), P('batch'))]
+    grad = jax.jit(jax.grad(loss), in_shardings=shardings, out_shardings=shardings[0])
+    program = grad.lower(params, x).compile().as_text()
+    assert 'all-reduce' in program  # the gradients are summed
+    assert 'all-gather' not in program
+
+
 def random_module(**kwargs):
     module = GPSA(N, GRID, **kwargs)
     (x,) = reference.random_arrays(3, (B, 15, N * H))
@@ -269,6 +310,23 @@ def test_tokens_that_do_not_fill_the_grid_are_told():
         gpsa_weights(**inputs, grid=(4, 9))
     with pytest.raises(UserError, match=message):
         reference.init_shapes(GPSA(4, (4, 9)), jnp.zeros((1, 35, 8)))
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'message'),
+    [
+        ('gating', (3,), r'gating of 4 heads has shape \(4,\); got \(3,\)'),
+        ('kernel', (3, 1), r'kernel of 4 heads has shape \(3, 4\); got \(3, 1\)'),
+        ('bias', (1,), r'bias of 4 heads has shape \(4,\); got \(1,\)'),
+        ('value', (B, 15, N, 5), 'query, key and value of one shape'),
+        ('query', (15, N, H), 'query, key and value of one shape'),
+    ],
+)
+def test_shapes_that_would_broadcast_are_told(name, shape, message):
+    inputs = {**random_inputs(GRID), name: np.ones(shape)}
+    for impl in IMPLS:
+        with pytest.raises(UserError, match=message):
+            gated_positional_attention(**inputs, grid=GRID, impl=impl)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +394,17 @@ def test_psa_in_bfloat16_keeps_its_positions_in_float32(impl):
     assert out.dtype == jnp.bfloat16
     expected = psa_reference(reference.float64(params), x)
     np.testing.assert_allclose(np.float32(out), expected, atol=0.05)
+
+
+@pytest.mark.parametrize('impl', ['xla', 'chunked', 'dense'])
+def test_psa_in_bfloat16_does_not_round_its_scores(impl):
+    module = PSA(1, (1, 3), dtype=jnp.bfloat16, impl=impl)
+    x = jnp.bfloat16([[[0.0], [0.0], [1.0]]])
+    params = jax.tree.map(jnp.zeros_like, reference.random_params(module, x))
+    params['value']['kernel'] = params['out']['kernel'] = jnp.ones((1, 1, 1))
+    params['position_kernel'] = CLOSE_SCORES
+    out = reference.apply(module, params, x)[0, 0]
+    np.testing.assert_allclose(np.float32(out), 1 / (1 + math.exp(-0.25)), rtol=0.005)
 
 
 def test_psa_dropout_of_the_weights_is_for_training_only():

@@ -90,6 +90,11 @@ def test_other_kernels_are_told(shape, message):
         psa_from_conv(jnp.zeros(shape))
 
 
+def test_a_bias_of_another_size_is_told():
+    with pytest.raises(UserError, match=r'5 outputs takes a bias \(5,\); got \(3,\)'):
+        psa_from_conv(jnp.zeros((3, 3, IN, OUT)), jnp.zeros(3))
+
+
 def gpsa_at_start(strength, gating=1.0):
     """(GPSA's output at initialisation, the convolution that it imitates)"""
     grid, width = (5, 7), 36

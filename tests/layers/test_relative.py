@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.layers.relative import (
-    check_grid,
+    check_tokens,
     conv_init,
     offset_logits,
     positional_factors,
@@ -109,7 +109,33 @@ def test_conv_init_by_hand():
     np.testing.assert_array_equal(conv_init(4)[:, 1], [-1, 1, -1])
 
 
-def test_tokens_that_do_not_fill_the_grid_are_told():
-    check_grid(36, (4, 9))
-    with pytest.raises(UserError, match='35 tokens do not fill a grid of 4x9 = 36'):
-        check_grid(35, (4, 9))
+@pytest.mark.parametrize(
+    ('shape', 'grid', 'message'),
+    [
+        ((2, 35, 8), (4, 9), '35 tokens do not fill a grid of 4x9 = 36'),
+        ((2, 4, 9, 8), (4, 9), r'takes tokens \[B, T, D\]; got \(2, 4, 9, 8\)'),
+        ((36, 8), (4, 9), r'takes tokens \[B, T, D\]; got \(36, 8\)'),
+        ((2, 36, 8), (36,), r'is \(rows, columns\) of the tokens, not \(36,\)'),
+        ((2, 36, 8), 36, r'is \(rows, columns\) of the tokens, not 36'),
+    ],
+)
+def test_tokens_that_do_not_fill_the_grid_are_told(shape, grid, message):
+    check_tokens(jnp.zeros((2, 36, 8)), (4, 9))
+    with pytest.raises(UserError, match=message):
+        check_tokens(jnp.zeros(shape), grid)
+
+
+@pytest.mark.parametrize('num_heads', [-4, 0])
+def test_no_heads_are_no_square(num_heads):
+    with pytest.raises(UserError, match='square number of heads'):
+        conv_init(num_heads)
+
+
+@pytest.mark.parametrize('compute', [positional_logits, positional_weights])
+def test_no_constant_of_all_pairs_is_compiled(compute):
+    grid = (17, 19)
+    jaxpr = jax.make_jaxpr(lambda kernel: compute(kernel, None, grid))(np.ones((3, N)))
+    assert max([const.size for const in jaxpr.consts], default=0) < 1000
+    scores = np.ones((33, 37, N), np.float32)
+    jaxpr = jax.make_jaxpr(lambda scores: offset_logits(scores, grid))(scores)
+    assert max([const.size for const in jaxpr.consts], default=0) < 1000

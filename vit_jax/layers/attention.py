@@ -38,8 +38,8 @@ def dot_product_attention(
     Args:
       query: `[B, T, N, H]`.
       key: `[B, S, N, H]`.
-      value: `[B, S, N, H]`.
-      bias: added to the logits, broadcastable to `[B, N, T, S]`.
+      value: `[B, S, N, H2]`; mostly H2 = H.
+      bias: added to the logits, finite, broadcastable to `[B, N, T, S]`.
       mask: boolean, True = keep, broadcastable to `[B, N, T, S]`. A row that keeps
         no key gives 0, and its gradient is 0.
       causal: keep only keys at or before the query's place, beside `mask`.
@@ -49,10 +49,11 @@ def dot_product_attention(
         'auto', which chooses by platform, dtype and length.
 
     Returns:
-      `[B, T, N, H]`, in the dtype of `query`.
+      `[B, T, N, H2]`. Key, value and result have the dtype of `query`.
 
     Raises:
-      UserError: for an unknown `impl` or shapes that do not fit.
+      UserError: for an unknown `impl`, one that cannot run here, or shapes that do
+        not fit.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.ones((2, 3, 5, 7))
@@ -60,8 +61,11 @@ def dot_product_attention(
     (2, 3, 5, 7)
     """
     _check_shapes(query, key, value, bias, mask)
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
     if impl == 'auto':
         impl = auto_impl(query, key, bias, mask)
+        if impl != 'chunked' and value.shape != key.shape:
+            impl = 'dense'  # the libraries' kernels take values as large as keys
     if impl == 'chunked':
         return _chunked(query, key, value, bias, mask, causal)
     if mask is not None and causal:
@@ -69,9 +73,19 @@ def dot_product_attention(
     if impl == 'dense':
         weights = attention_weights(query, key, bias=bias, mask=mask, causal=causal)
         return apply_weights(weights, value)
-    if impl == 'cudnn' and jax.default_backend() != 'gpu':
-        raise UserError("attention impl 'cudnn' needs a GPU; use 'auto'")
-    if impl in ('xla', 'cudnn'):
+    if impl not in ('xla', 'cudnn'):
+        raise unknown('attention impl', impl, IMPLS)
+    if value.shape != key.shape:
+        raise UserError(
+            f'attention impl {impl!r} needs values as large as keys, not {value.shape} '
+            f"for {key.shape}; use 'auto'"
+        )
+    if impl == 'cudnn' and not _has_cudnn_attention():
+        raise UserError(
+            "attention impl 'cudnn' needs an NVIDIA GPU of compute capability 8.0 or "
+            "more; use 'auto'"
+        )
+    try:
         out = jax.nn.dot_product_attention(  # type: ignore[call-overload]
             query,
             key,
@@ -81,8 +95,9 @@ def dot_product_attention(
             is_causal=causal,
             implementation=impl,
         )
-        return _zero_empty_rows(out, mask)
-    raise unknown('attention impl', impl, IMPLS)
+    except NotImplementedError as error:  # what the kernel does not do
+        raise UserError(f"attention impl {impl!r}: {error}; use 'auto'") from error
+    return _zero_empty_rows(out, mask)
 
 
 def attention_weights(
@@ -161,7 +176,7 @@ def auto_impl(
     platform = jax.default_backend()
     head_dim = query.shape[-1]
     if (
-        platform == 'gpu'
+        _has_cudnn_attention()
         and query.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim % 8 == 0
         and head_dim <= 128
@@ -175,6 +190,15 @@ def auto_impl(
     return 'xla' if key.shape[1] <= _MAX_PLAIN_TOKENS else 'chunked'
 
 
+def _has_cudnn_attention() -> bool:
+    """Whether cuDNN's fused attention runs here: on NVIDIA GPUs from Ampere on."""
+    if jax.default_backend() != 'gpu':
+        return False
+    capability = getattr(jax.devices()[0], 'compute_capability', '')
+    major = str(capability).partition('.')[0]
+    return major.isdigit() and int(major) >= 8  # AMD's are named 'gfx90a'
+
+
 def _chunked(
     query: Array,
     key: Array,
@@ -185,7 +209,7 @@ def _chunked(
 ) -> Array:
     """Attention by blocks of queries; the backward pass recomputes each block."""
     length = query.shape[1]
-    num_blocks = -(-length // _QUERY_BLOCK)
+    num_blocks = max(-(-length // _QUERY_BLOCK), 1)
     block = -(-length // num_blocks)  # blocks of one size, with little to fill up
 
     def split(x: Array, axis: int) -> Array:
@@ -238,7 +262,8 @@ def _check_shapes(
             f'{query.shape}, {key.shape} and {value.shape}'
         )
     (batch, length, heads, size), (_, source, *_) = query.shape, key.shape
-    if key.shape != (batch, source, heads, size) or value.shape != key.shape:
+    expected = (batch, source, heads, size)
+    if key.shape != expected or value.shape[:3] != expected[:3]:
         raise UserError(
             f'query {query.shape} needs key and value of shape '
             f'({batch}, S, {heads}, {size}); got {key.shape} and {value.shape}'
@@ -271,12 +296,14 @@ class MultiHeadAttention(nn.Module):
     Decoding token by token (`decode=True`, the collection 'cache' mutable) gives what
     one pass over all tokens gives. Each call takes the next T tokens, one or many,
     and keeps their keys and values; the source of cross-attention is projected at
-    the first call only. A cache starts absent, or as `init(..., decode=True)` makes it.
+    the first call only, and given to the others for its shape. A cache starts absent,
+    or empty as `init(..., decode=True)` makes it.
 
     Attributes:
       num_heads: heads; must divide the width unless `head_dim` is given.
       head_dim: size per head; None for width / num_heads.
-      causal: self-attention sees only tokens at or before its own.
+      causal: self-attention sees only tokens at or before its own; cross-attention
+        sees the whole source.
       cache_length: L, most tokens that decoding may see.
       qkv_bias: whether query, key and value have biases; the output always has.
       dropout_rate: dropout of the attention weights (dense computation).
@@ -346,13 +373,19 @@ class MultiHeadAttention(nn.Module):
 
         query = project('query', x)
         source = x if x_kv is None else x_kv
-        if decode and x_kv is not None:
+        # What `init` is given is no source to remember.
+        if decode and x_kv is not None and not self.is_initializing():
             cached = partial(self.variable, 'cache')
             key = cached('cached_key', project, 'key', source).value
             value = cached('cached_value', project, 'value', source).value
+            if key.shape[:2] != source.shape[:2]:
+                raise UserError(
+                    f'the cache is of a source [B, S] = {key.shape[:2]}; this one has '
+                    f'{source.shape[:2]}'
+                )
         else:
             key, value = project('key', source), project('value', source)
-        causal, seen, overflow = self.causal, None, None
+        causal, seen, overflow = self.causal and x_kv is None, None, None
         if decode and x_kv is None:
             key, value, seen, overflow = self._extend_cache(key, value)
         _check_shapes(query, key, value, bias, mask)
@@ -412,8 +445,9 @@ class MultiHeadAttention(nn.Module):
 
 def resolve_head_dim(width: int, num_heads: int, head_dim: int | None) -> int:
     """`head_dim`, or `width / num_heads` where that is whole."""
-    if num_heads <= 0:
-        raise UserError(f'num_heads must be above 0, not {num_heads}')
+    for name, value in (('num_heads', num_heads), ('head_dim', head_dim)):
+        if value is not None and value <= 0:
+            raise UserError(f'{name} must be above 0, not {value}')
     if head_dim is None and width % num_heads:
         raise UserError(
             f'num_heads {num_heads} does not divide the width {width}; '

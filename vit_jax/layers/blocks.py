@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vit_jax.layers.mlp import MlpBlock
+from vit_jax.layers.norm import layer_norm
 from vit_jax.layers.stochastic import Dropout, DropPath
 from vit_jax.typing import Array, Dtype, Initializer
 
@@ -108,7 +109,8 @@ class DecoderBlock(nn.Module):
         Args:
           x: `[B, T, D]`, the target; token t sees tokens up to t.
           encoded: `[B, S, E]`, the source.
-          self_mask: broadcastable to `[B, N, T, T]`, beside the causal mask.
+          self_mask: broadcastable to `[B, N, T, T]`, beside the causal mask; to
+            `[B, N, T, L]`, L the length of the cache, where tokens are decoded.
           cross_mask: broadcastable to `[B, N, T, S]`.
           decode: whether `x` follows the tokens of earlier calls, see
             `MultiHeadAttention`.
@@ -150,7 +152,7 @@ def _residual(
     train: bool,
 ) -> Array:
     """x + branch(norm(x)), or norm(x + branch(x)): the `i`-th of a block."""
-    norm = nn.LayerNorm(block.layer_norm_eps, dtype=block.dtype, name=f'norm{i}')
+    norm = layer_norm(block.layer_norm_eps, dtype=block.dtype, name=f'norm{i}')
     drop_path = DropPath(block.drop_path_rate, name=f'drop_path{i}')
     if block.norm_first:
         return x + drop_path(branch(norm(x)), train=train)

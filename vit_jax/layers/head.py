@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vit_jax.errors import unknown
+from vit_jax.layers.norm import layer_norm
 from vit_jax.layers.pooling import AttentionPool, pool_tokens
 from vit_jax.typing import Array, Dtype, Initializer
 
@@ -61,7 +62,7 @@ class Head(nn.Module):
         """
         if self.pool not in POOLS:
             raise unknown('pool', self.pool, POOLS)
-        x = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
+        x = layer_norm(self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
         if self.pool == 'map':
             pool = AttentionPool(
                 self.num_heads,

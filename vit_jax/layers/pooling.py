@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.mlp import MlpBlock
+from vit_jax.layers.norm import layer_norm
 from vit_jax.typing import Array, Dtype, Initializer
 
 
@@ -74,7 +75,7 @@ class AttentionPool(nn.Module):
             self.num_heads, impl=self.attention_impl, dtype=self.dtype, name='attention'
         )
         x = attention(probe, x, train=train)
-        y = nn.LayerNorm(epsilon=self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
+        y = layer_norm(self.layer_norm_eps, dtype=self.dtype, name='norm')(x)
         mlp = MlpBlock(
             self.mlp_dim,
             activation=self.activation,

@@ -23,7 +23,8 @@ MAX_WAVELENGTH = 10_000.0
 def integer(positions: np.ndarray, width: int) -> np.ndarray:
     """The number of the position, in the first feature: unbounded.
 
-    Not in every feature, where the LayerNorm of the first block would remove it.
+    Not in every feature, where the LayerNorm of the first block would remove it. In
+    bfloat16 whole numbers above 256 are no longer told apart.
 
     Args:
       positions: `[T]`, any numbers.
@@ -67,14 +68,17 @@ def binary(positions: np.ndarray, width: int) -> np.ndarray:
       `[T, D]` float32 of zeros and ones.
 
     Raises:
-      UserError: when a position has more digits.
+      UserError: when a position has more digits, or is no whole number from 0.
 
     >>> binary(np.array([0, 1, 6]), width=4)
     array([[0., 0., 0., 0.],
            [1., 0., 0., 0.],
            [0., 1., 1., 0.]], dtype=float32)
     """
-    positions = np.asarray(positions, np.int64)
+    given = np.asarray(positions)
+    positions = given.astype(np.int64)
+    if np.any(positions != given) or np.any(positions < 0):
+        raise UserError('binary positions are whole numbers from 0')
     largest = max(map(int, positions), default=0)
     if largest >= 2**width:
         raise UserError(
@@ -178,7 +182,7 @@ def shift_matrix(
     >>> bool(np.allclose(moved, sincos(np.array([7.0]), 4)))
     True
     """
-    steps = [delta] if isinstance(delta, int | float) else list(delta)
+    steps = np.atleast_1d(np.asarray(delta))
     share = _share(width, len(steps))
     out = np.zeros((width, width))
     for axis, step in enumerate(steps):
@@ -229,7 +233,7 @@ def resize_learned(
       The parameters for `grid`; the very same where it is the old one.
 
     Raises:
-      UserError: when the grids differ in rank.
+      UserError: when the grids differ in rank, or one is empty.
 
     >>> params = {'grid': jnp.ones((4, 9, 8)), 'prefix': jnp.ones((2, 8))}
     >>> jax.tree.map(jnp.shape, resize_learned(params, (6, 7)))
@@ -242,6 +246,8 @@ def resize_learned(
             f'learned positions of a grid {times(old)} cannot be resized to '
             f'{times(grid)}: the axes differ in number'
         )
+    if min(grid) <= 0:
+        raise UserError(f'a grid has lengths above 0, not {times(grid)}')
     table = jax.image.resize(table, (*grid, width), method)  # the same where equal
     return {**params, 'grid': table}
 
@@ -310,12 +316,17 @@ class PositionEmbedding(nn.Module):
         >>> out.shape, float(abs(out[:, 0]).max())
         ((2, 16, 8), 0.0)
         """
+        if x.ndim != 3 or x.shape[1] < math.prod(grid):
+            raise UserError(
+                f'positions are added to tokens [B, P + T, D], T those of a grid of '
+                f'{times(grid)}; got {x.shape}'
+            )
         num_tokens, width = x.shape[1:]
         num_prefix = num_tokens - math.prod(grid)
         if self.kind == 'none':
             return x
         if self.kind == 'learned':
-            self._check_grid(grid)
+            self._check_learned(grid, num_prefix)
             learned = self.param(
                 'grid', self.embedding_init, (*grid, width), jnp.float32
             )
@@ -329,7 +340,8 @@ class PositionEmbedding(nn.Module):
         posemb = fixed_positions(self.kind, grid, width)
         return x + jnp.asarray(np.pad(posemb, ((num_prefix, 0), (0, 0))), x.dtype)
 
-    def _check_grid(self, grid: Shape) -> None:
+    def _check_learned(self, grid: Shape, num_prefix: int) -> None:
+        """Raises UserError for parameters of another grid, or of other tokens."""
         if not self.has_variable('params', 'grid'):
             return
         expected: Shape = self.get_variable('params', 'grid').shape[:-1]
@@ -337,4 +349,10 @@ class PositionEmbedding(nn.Module):
             raise UserError(
                 f'the model has learned positions for a grid of {times(expected)} '
                 f'patches; this input has {times(grid)}'
+            )
+        prefix = self.variables['params'].get('prefix', ())
+        if len(prefix) != num_prefix:
+            raise UserError(
+                f'the model has learned positions for {len(prefix)} tokens before the '
+                f'grid; this input has {num_prefix}'
             )

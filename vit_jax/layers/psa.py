@@ -40,7 +40,7 @@ from vit_jax.layers.attention import (
     resolve_head_dim,
 )
 from vit_jax.layers.relative import (
-    check_grid,
+    check_tokens,
     conv_init,
     offset_logits,
     positional_factors,
@@ -73,7 +73,7 @@ def gated_positional_attention(
       gating: `[N]`, before the sigmoid.
       grid: (rows, columns).
       impl: 'factored' (fact 3 above), 'split' (fact 2), 'dense' (the whole A; the
-        others' reference) or 'auto' (chosen from `benchmark gpsa`).
+        others' reference) or 'auto', which is 'factored' (see `benchmark gpsa`).
       attention_impl: `impl` of the content half, see `dot_product_attention`.
 
     Returns:
@@ -82,7 +82,7 @@ def gated_positional_attention(
     Raises:
       UserError: for an unknown `impl`, or T tokens that do not fill the grid.
     """
-    check_grid(query.shape[1], grid)
+    _check_inputs(query, key, value, kernel, bias, gating, grid)
     if impl == 'auto':
         impl = 'factored'
     if impl == 'dense':
@@ -112,11 +112,37 @@ def gpsa_weights(
     grid: Grid,
 ) -> Array:
     """The matrix A of GPSA, `[B, N, T, T]`; arguments as above."""
-    check_grid(query.shape[1], grid)
+    _check_inputs(query, key, key, kernel, bias, gating, grid)
     content = attention_weights(query, key)
     position = positional_weights(kernel, bias, grid)
     gate = jax.nn.sigmoid(gating)[:, None, None]
     return (1.0 - gate) * content + gate * position
+
+
+def _check_inputs(
+    query: Array,
+    key: Array,
+    value: Array,
+    kernel: Array,
+    bias: Array | None,
+    gating: Array,
+    grid: Grid,
+) -> None:
+    """Raises UserError for shapes that do not fit, which would broadcast."""
+    if query.ndim != 4 or not query.shape == key.shape == value.shape:
+        raise UserError(
+            'GPSA takes query, key and value of one shape [B, T, N, H]; got '
+            f'{query.shape}, {key.shape} and {value.shape}'
+        )
+    check_tokens(query[:, :, 0], grid)
+    heads = query.shape[2]
+    for name, x, shape in (
+        ('kernel', kernel, (3, heads)),
+        ('bias', bias, (heads,)),
+        ('gating', gating, (heads,)),
+    ):
+        if x is not None and x.shape != shape:
+            raise UserError(f'{name} of {heads} heads has shape {shape}; got {x.shape}')
 
 
 def _scale_heads(value: Array, scale: Array) -> Array:
@@ -135,14 +161,16 @@ def _apply_factors(factors: tuple[Array, Array], value: Array, grid: Grid) -> Ar
     rows, cols = (weights.astype(value.dtype) for weights in factors)
     batch, _, heads, size = value.shape
     num_rows, num_cols = grid
-    # Heads first and all but the grid in one axis, X = B * H: both contractions, and
-    # their gradients, are then products of small squares with wide matrices.
-    v = value.reshape(batch, *grid, heads, size).transpose(3, 1, 2, 0, 4)
-    v = v.reshape(heads, *grid, batch * size)
-    cols = jnp.broadcast_to(cols[:, None], (heads, num_rows, num_cols, num_cols))
-    v = jnp.einsum('NSCD,NSDX->NSCX', cols, v)
+    # Heads first, and all but the grid in one axis, X = B * H: both contractions, and
+    # their gradients, are then products of small squares with wide matrices. Where
+    # axes merge, the batch comes first: it may lie on many devices, and in any other
+    # order they would have to gather it.
+    v = value.reshape(batch, *grid, heads, size).transpose(3, 1, 0, 4, 2)
+    v = v.reshape(heads, num_rows, batch * size, num_cols)
+    v = jnp.einsum('NSXD,NCD->NSXC', v, cols)
     v = jnp.einsum('NRS,NSX->NRX', rows, v.reshape(heads, num_rows, -1))
-    return v.reshape(heads, -1, batch, size).transpose(2, 1, 0, 3)
+    v = v.reshape(heads, num_rows, batch, size, num_cols).transpose(2, 1, 4, 0, 3)
+    return v.reshape(value.shape)
 
 
 def identity_heads(rng: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
@@ -210,7 +238,7 @@ class PSA(nn.Module):
         (2, 15, 4)
         """
         width = x.shape[-1]
-        check_grid(x.shape[1], self.grid)
+        check_tokens(x, self.grid)
         query, key, value = (
             project_heads(
                 self.num_heads,
@@ -312,6 +340,11 @@ def psa_from_conv(
             f'psa_from_conv needs a kernel of odd side, whose centre is a token; got '
             f'{side}x{side}'
         )
+    if bias is not None and bias.shape != (out_dim,):
+        raise UserError(
+            f'a kernel with {out_dim} outputs takes a bias {(out_dim,)}; got '
+            f'{bias.shape}'
+        )
     heads = side**2
     nothing = {'kernel': jnp.zeros((width, heads, width), kernel.dtype)}
     everything = jnp.broadcast_to(
@@ -383,6 +416,7 @@ class GPSA(nn.Module):
         (2, 15, 8)
         """
         width = x.shape[-1]
+        check_tokens(x, self.grid)
         head_dim = resolve_head_dim(width, self.num_heads, None)
         inits = {
             'query': self.kernel_init,

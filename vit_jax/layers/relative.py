@@ -10,7 +10,6 @@ the Relationship between Self-Attention and Convolutional Layers", arXiv 1911.03
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
@@ -46,10 +45,10 @@ def positional_logits(kernel: Array, bias: Array | None, grid: Grid) -> Array:
     Returns:
       `[N, T, T]`, by query, then key.
     """
-    # Squared distances do not fit the short mantissas of fast matrix units.
-    logits = jnp.einsum(
-        'TSF,FN->NTS', relative_positions(grid), kernel, precision='highest'
-    )
+    by_row, by_col = _axis_logits(kernel, grid)
+    # A row part and a column part: no constant of T x T entries in the program.
+    logits = by_row[:, :, None, :, None] + by_col[:, None, :, None, :]
+    logits = logits.reshape(logits.shape[0], math.prod(grid), math.prod(grid))
     return logits if bias is None else logits + bias[:, None, None]
 
 
@@ -77,15 +76,25 @@ def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
     Returns:
       `[N, R, R]` and `[N, C, C]`, each with rows that sum to one.
     """
+    by_row, by_col = _axis_logits(kernel, grid)
+    return jax.nn.softmax(by_row, axis=-1), jax.nn.softmax(by_col, axis=-1)
+
+
+def _axis_logits(kernel: Array, grid: Grid) -> tuple[Array, Array]:
+    """v2 dy + v3 dy^2 and v1 dx + v3 dx^2 of each pair on an axis."""
     linear_x, linear_y, square = kernel[:, :, None, None]
 
-    def weights(linear: Array, length: int) -> Array:
-        delta = np.arange(length)[None, :] - np.arange(length)[:, None]
-        delta = delta.astype(np.float32)
-        return jax.nn.softmax(linear * delta + square * delta**2, axis=-1)
+    def logits(linear: Array, length: int) -> Array:
+        delta = _offsets(length).astype(np.float32)
+        return linear * delta + square * delta**2
 
     rows, cols = grid
-    return weights(linear_y, rows), weights(linear_x, cols)
+    return logits(linear_y, rows), logits(linear_x, cols)
+
+
+def _offsets(length: int) -> np.ndarray:
+    """Key minus query of each pair on an axis, `[L, L]`."""
+    return np.arange(length)[None, :] - np.arange(length)[:, None]
 
 
 def offset_logits(scores: Array, grid: Grid) -> Array:
@@ -105,9 +114,9 @@ def offset_logits(scores: Array, grid: Grid) -> Array:
            [0., 1.]], dtype=float32)
     """
     rows, cols = grid
-    y, x = np.divmod(np.arange(rows * cols), cols)
-    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
-    return jnp.moveaxis(scores[rows - 1 + dy, cols - 1 + dx], -1, 0)
+    scores = scores[_offsets(rows) + rows - 1]  # [R, R', 2C - 1, N]
+    scores = scores[:, :, _offsets(cols) + cols - 1]  # [R, R', C, C', N]
+    return scores.transpose(4, 0, 2, 1, 3).reshape(-1, rows * cols, rows * cols)
 
 
 def conv_init(num_heads: int, locality_strength: float = 1.0) -> np.ndarray:
@@ -130,8 +139,8 @@ def conv_init(num_heads: int, locality_strength: float = 1.0) -> np.ndarray:
     >>> conv_init(9)[:, 0 + 3 * 2]
     array([ 2., -2., -1.], dtype=float32)
     """
-    side = math.isqrt(num_heads)
-    if side**2 != num_heads:
+    side = math.isqrt(max(num_heads, 0))
+    if side == 0 or side**2 != num_heads:
         raise UserError(
             f'convolutional initialisation needs a square number of heads (4, 9, 16), '
             f'not {num_heads}; change num_heads or set local_init=False'
@@ -142,11 +151,15 @@ def conv_init(num_heads: int, locality_strength: float = 1.0) -> np.ndarray:
     return (locality_strength * kernel).astype(np.float32)
 
 
-def check_grid(num_tokens: int, grid: Grid) -> None:
-    """Raises UserError unless `num_tokens` tokens fill the grid."""
+def check_tokens(x: Array, grid: Grid) -> None:
+    """Raises UserError unless `x` is `[B, T, D]` and its T tokens fill the grid."""
+    if x.ndim != 3:
+        raise UserError(f'positional attention takes tokens [B, T, D]; got {x.shape}')
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise UserError(f'the grid is (rows, columns) of the tokens, not {grid}')
     rows, cols = grid
-    if rows * cols != num_tokens:
+    if rows * cols != x.shape[1]:
         raise UserError(
-            f'{num_tokens} tokens do not fill a grid of {rows}x{cols} = {rows * cols}; '
+            f'{x.shape[1]} tokens do not fill a grid of {rows}x{cols} = {rows * cols}; '
             'the grid is (rows, columns) of the tokens, without class token'
         )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.layers.conv_attention import SAGANAttention
+from vit_jax.layers.norm import group_norm
 from vit_jax.layers.patch import check_channels
 from vit_jax.typing import Array, Dtype
 
@@ -66,7 +67,7 @@ class CNN(nn.Module):
                 dtype=self.dtype,
                 name=f'conv{i}',
             )(x)
-            x = nn.GroupNorm(self.num_groups, dtype=self.dtype, name=f'norm{i}')(x)
+            x = group_norm(self.num_groups, dtype=self.dtype, name=f'norm{i}')(x)
             x = nn.relu(x)
             if i in self.attention_after:
                 attention = SAGANAttention(

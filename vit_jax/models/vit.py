@@ -86,7 +86,8 @@ class ViT(nn.Module):
         """Classifies images (or sequences, or videos: see `PatchEmbed`).
 
         Args:
-          image: `[B, height, width, channels]`, normalised.
+          image: `[B, height, width, channels]`, normalised; or `[B, length, channels]`
+            or `[B, frames, height, width, channels]`, where `patch_size` suits it.
           train: whether dropout and stochastic depth are on (rng 'dropout').
 
         Returns:
