@@ -22,6 +22,8 @@ def test_a_sweep_runs_what_has_not_run(tmp_path, monkeypatch):
     assert line['examples'] == 359
     assert 0 <= line['accuracy'] <= 1
     assert line['params'] > 100_000
+    config = json.loads((tmp_path / 'runs' / first.name / 'config.json').read_text())
+    assert config['seed'] == 7
     assert json.loads(results.read_text()) == line
     assert (tmp_path / 'runs' / first.name / 'config.json').exists()
 
@@ -31,6 +33,23 @@ def test_a_sweep_runs_what_has_not_run(tmp_path, monkeypatch):
     assert [each['accuracy'] >= 0 for each in lines] == [False, True]
     assert [each['steps'] for each in lines] == [1, 2]
     assert [json.loads(text) for text in results.read_text().splitlines()] == lines
+
+
+def test_a_cell_with_a_tuple_runs_once(tmp_path):
+    results = tmp_path / 'results.jsonl'
+    overrides = {'dataset.image_size': (8, 18)}
+    line = {'config': 'a', 'overrides': overrides, 'seed': 0, 'accuracy': 0.5}
+    results.write_text(json.dumps(line) + '\n')
+    (found,) = run_sweep([Cell('a', overrides, 0)], results, tmp_path)  # no such config
+    assert percent([found], 'a', dataset__image_size=(8, 18)) == '50.0 (1 seed)'
+    assert percent([found], 'a', dataset__image_size=(8, 8)) == 'not run'
+
+
+def test_half_a_line_is_told(tmp_path):
+    results = tmp_path / 'results.jsonl'
+    results.write_text('{"config": "a", "overrides": {}, "seed": 0}\n{"config": "a')
+    with pytest.raises(UserError, match=r'results.jsonl:2 is no JSON.*delete the line'):
+        run_sweep([], results, tmp_path)
 
 
 def test_an_unknown_key_is_told(tmp_path):

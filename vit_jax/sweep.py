@@ -2,7 +2,8 @@
 
 A cell is a config, overrides and a seed. Each result is a line of a JSONL file beside
 the experiment: what ran, what came out, when, on what. A cell whose line is there does
-not run again, so a sweep goes on where it stopped.
+not run again, so a sweep goes on where it stopped; who changes a config deletes its
+lines.
 """
 
 import json
@@ -17,6 +18,7 @@ import jax
 
 from vit_jax.build import build
 from vit_jax.config import load_config, override
+from vit_jax.errors import UserError
 from vit_jax.summary import count_params
 from vit_jax.train import train
 
@@ -58,14 +60,29 @@ def run_sweep(
     Raises:
       UserError: as `build` and `train` do.
     """
-    text = results.read_text() if results.exists() else ''
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = _read(results)
     done = [Cell(line['config'], line['overrides'], line['seed']) for line in lines]
     for cell in cells:
+        # As it will be read: JSON has lists for tuples.
+        cell = cell._replace(overrides=json.loads(json.dumps(cell.overrides)))
         if cell not in done:
             lines.append(_run(cell, workdir / cell.name))
             with results.open('a') as file:
                 file.write(json.dumps(lines[-1]) + '\n')
+    return lines
+
+
+def _read(results: pathlib.Path) -> list[dict[str, Any]]:
+    text = results.read_text() if results.exists() else ''
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f'{results}:{number} is no JSON, as after an interruption; delete the '
+                'line, and its cell runs again'
+            ) from error
     return lines
 
 
@@ -103,6 +120,7 @@ def percent(lines: list[dict[str, Any]], config: str, **overrides: Any) -> str:
     'not run'
     """
     wanted = {key.replace('__', '.'): value for key, value in overrides.items()}
+    wanted = json.loads(json.dumps(wanted))
     values = [
         100 * line['accuracy']
         for line in lines

@@ -25,7 +25,11 @@ class Fork(nn.Module):
 
 
 def make_fork(num_classes, scale):
-    return num_classes, scale
+    return Fork(num_classes, width=round(2 * scale))
+
+
+def make_dict(num_classes):
+    return {'num_classes': num_classes}
 
 
 class ForkAttention(nn.Module):
@@ -64,7 +68,7 @@ def test_path_names_the_model_of_a_fork():
     model = build_model(f'{__name__}:Fork', 5, width=11)
     assert isinstance(model, Fork)
     assert (model.num_classes, model.width) == (5, 11)
-    assert build_model(f'{__name__}:make_fork', 5, scale=2.0) == (5, 2.0)
+    assert build_model(f'{__name__}:make_fork', 5, scale=2.0) == Fork(5, width=4)
 
 
 def test_path_names_a_layer_of_a_fork():
@@ -112,12 +116,35 @@ def test_paths_inside_a_mapping_are_resolved():
             {'dropout_rate': True},
             'dropout_rate .* is like 0.0; True is not',
         ),
+        ('CNN', {'strides': (1, 1, 2, 1, 0)}, r'is like \(1, 1, 2, 1, 1\); .* is not'),
+        ('MLP', {'widths': (0,)}, r'widths of MLP is like \(512, 512\); \(0,\) is not'),
+        ('CNN', {'widths': (8, 'x')}, r'widths of CNN is like'),
+        ('CNN', {'attention_after': (-1,)}, r'is like \(1, 3\); \(-1,\) is not'),
+        ('ResNet-50', {'attention_stages': 3}, r'is like \(1, 3\); 3 is not'),
+        (f'{__name__}:make_fork', {}, "make_fork' cannot be made from num_classes: .*'scale'"),
+        ('json:JSONDecoder', {}, "'json:JSONDecoder' cannot be made from"),
+        (f'{__name__}:make_dict', {}, 'makes a dict, not a Flax module'),
+        ('builtins:dict', {}, "'builtins:dict' cannot be made from"),
         ('ViT-B/16', {'pool': None}, "pool of ViT-B/16 is like 'cls'; None is not"),
     ],
 )
 def test_mistakes_are_told_with_what_would_be_right(name, overrides, message):
     with pytest.raises(UserError, match=message):
         build_model(name, 10, **overrides)
+
+
+@pytest.mark.parametrize('num_classes', [0, -3, 2.0, 'ten'])
+def test_a_number_of_classes_that_is_none_is_told(num_classes):
+    with pytest.raises(UserError, match='num_classes is a number above 0 or None'):
+        build_model('CNN', num_classes)
+
+
+@pytest.mark.parametrize('name', vit_jax.list_models())
+def test_jit_can_take_a_model_as_static(name):
+    assert hash(build_model(name, 3)) == hash(build_model(name, 3))
+    if name.startswith('ResNet'):
+        fields = {'attention_stages': (3,), 'attention_kwargs': {'num_heads': 2}}
+        hash(build_model(name, 3, **fields))
 
 
 @pytest.mark.parametrize(

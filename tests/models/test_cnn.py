@@ -59,6 +59,12 @@ def test_every_field_matters():
     model_checks.check_every_field_matters(make, SHAPE, others)
 
 
+@pytest.mark.parametrize('shape', [(8, 8, 3), (2, 4, 8, 8, 3), (2, 8)])
+def test_another_rank_is_told(shape):
+    with pytest.raises(UserError, match=r'takes images \[B, h, w, channels\]; got'):
+        reference.init_shapes(CNN(5), jnp.zeros(shape))
+
+
 def test_attention_starts_as_the_identity_and_grows_by_gamma():
     model = make_model(widths=(8, 16), attention_after=(0, 1))
     (x,) = reference.random_arrays(0, SHAPE)

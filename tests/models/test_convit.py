@@ -94,6 +94,15 @@ def test_class_token_needs_a_layer_that_is_not_local():
         assert 'class_token' not in params
 
 
+@pytest.mark.parametrize('fields', [{'local_init': False}, {'num_local_layers': 0}])
+def test_locality_strength_needs_a_convolutional_start(fields):
+    model = make_model(locality_strength=5.0, **fields)
+    with pytest.raises(
+        UserError, match='it needs local_init=True and num_local_layers'
+    ):
+        reference.init_shapes(model, jnp.ones(IMAGE))
+
+
 @pytest.mark.parametrize('num_local_layers', [-1, 4])
 def test_number_of_local_layers_must_lie_within_the_depth(num_local_layers):
     message = f'num_local_layers {num_local_layers} is not between 0 and the depth 3'

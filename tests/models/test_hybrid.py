@@ -158,6 +158,10 @@ def test_config_can_choose_a_stem_by_name_and_by_path():
             {'stem': 'resnet', 'stem_kwargs': {'stage_size': ()}},
             "unknown field of stem 'resnet' 'stage_size'; did you mean 'stage_sizes'",
         ),
+        (
+            {'stem': 'resnet', 'stem_kwargs': {'num_classes': 3}},
+            "num_classes of stem 'resnet' is set by the model",
+        ),
         ({'stem_kwargs': {'width': 3}}, "stem_kwargs {'width': 3} need a stem"),
         (
             {'stem': Shrink, 'patch_size': 4},

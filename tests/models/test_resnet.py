@@ -214,7 +214,7 @@ def test_map_is_kept_without_pooling(fields, grid):
 
 
 @pytest.mark.parametrize('bottleneck', [False, True])
-@pytest.mark.parametrize('stages', [(), (2,), (1, 3), (1, 2, 3)])
+@pytest.mark.parametrize('stages', [(2,), (1, 3), (1, 2, 3)])
 def test_only_the_3x3_convolutions_of_the_named_stages_are_replaced(bottleneck, stages):
     model = make_model(
         stage_sizes=(1, 2, 1),
@@ -296,6 +296,12 @@ def test_every_field_matters():
     [
         ({'attention_stages': (0,)}, r'\(0,\) must be among the stages \(1, 2\)'),
         ({'attention_stages': (2, 3)}, r'\(2, 3\) must be among the stages \(1, 2\)'),
+        ({'attention': 'local'}, "attention='local' .* need attention_stages, such as"),
+        ({'attention_kwargs': {'num_heads': 2}}, 'need attention_stages, such as'),
+        (
+            {'attention_stages': (2,), 'attention_kwargs': {'features': 8}},
+            "features of attention 'global' is set by the model",
+        ),
         ({'attention': 'globl'}, "unknown attention 'globl'; did you mean 'global'"),
         (
             {'attention': Scale, 'attention_kwargs': {'bais': True}},

@@ -94,6 +94,6 @@ def pool_tokens(x: Array, pool: str) -> Array:
       pool: 'cls' or 'mean'.
 
     Returns:
-      `[B, D]`.
+      `[B, D]`, a mean in float32.
     """
-    return x[:, 0] if pool == 'cls' else jnp.mean(x, axis=1)
+    return x[:, 0] if pool == 'cls' else jnp.mean(x, axis=1, dtype=jnp.float32)

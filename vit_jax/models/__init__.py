@@ -1,10 +1,12 @@
 """Models by name."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+from flax.core import FrozenDict
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.forks import import_path, is_path
@@ -43,7 +45,19 @@ def build_model(name: str, num_classes: int | None, **overrides: Any) -> nn.Modu
     overrides = {field: _resolve(value) for field, value in overrides.items()}
     if dataclasses.is_dataclass(model):
         _check_fields(name, model, overrides)
-    return model(num_classes=num_classes, **{**fields, **overrides})
+    if not _is_count(1, num_classes) and num_classes is not None:
+        raise UserError(f'num_classes is a number above 0 or None, not {num_classes!r}')
+    fields = {'num_classes': num_classes, **fields, **overrides}
+    try:
+        inspect.signature(model).bind(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f'{name!r} cannot be made from {", ".join(fields)}: {error}'
+        ) from error
+    made = model(**fields)
+    if not isinstance(made, nn.Module):
+        raise UserError(f'{name!r} makes a {type(made).__name__}, not a Flax module')
+    return made
 
 
 def _check_fields(name: str, model: Any, overrides: dict[str, Any]) -> None:
@@ -55,7 +69,8 @@ def _check_fields(name: str, model: Any, overrides: dict[str, Any]) -> None:
             raise unknown(f'field of {name}', field, known)
         if not _suits(known[field], value):
             default = known[field].default
-            raise UserError(f'{field} of {name} is like {default!r}; {value!r} is not')
+            like = default if default != () else (1, 3)
+            raise UserError(f'{field} of {name} is like {like!r}; {value!r} is not')
 
 
 def _suits(field: dataclasses.Field, value: Any) -> bool:
@@ -67,22 +82,30 @@ def _suits(field: dataclasses.Field, value: Any) -> bool:
         return value is None or (isinstance(value, int) and value > 0)
     if isinstance(default, int):
         if field.name == 'patch_size' and isinstance(value, tuple):
-            return all(isinstance(n, int) and n > 0 for n in value)
-        lowest = 0 if field.name == 'num_local_layers' else 1
-        return isinstance(value, int) and value >= lowest
+            return _is_count(1, *value)
+        return _is_count(int(field.name != 'num_local_layers'), value)
     if isinstance(default, float):
         return isinstance(value, float | int)
-    if isinstance(default, str | tuple):
+    if isinstance(default, tuple):
+        lowest = int(field.name != 'attention_after')  # counted from 0
+        return isinstance(value, tuple) and _is_count(lowest, *value)
+    if isinstance(default, str):
         named = callable(value) and 'Callable' in str(field.type)
         return named or isinstance(value, type(default))
     return not callable(default) or callable(value)
+
+
+def _is_count(lowest: int, *values: Any) -> bool:
+    """Whether all are whole numbers, from `lowest` on."""
+    return all(isinstance(n, int) and n >= lowest for n in values)
 
 
 def _resolve(value: Any) -> Any:
     if is_path(value):
         return import_path(value)
     if isinstance(value, Mapping):
-        return {key: _resolve(v) for key, v in value.items()}
+        # A module is hashed where `jit` takes it as static.
+        return FrozenDict({key: _resolve(v) for key, v in value.items()})
     if isinstance(value, list | tuple):  # JSON has lists, fields of modules tuples
         return tuple(map(_resolve, value))
     return value

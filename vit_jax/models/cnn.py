@@ -55,6 +55,8 @@ class CNN(nn.Module):
                 f'attention_after {self.attention_after} must be among the numbers of '
                 f'convolutions, 0 to {len(self.widths) - 1}'
             )
+        if image.ndim != 4:
+            raise UserError(f'CNN takes images [B, h, w, channels]; got {image.shape}')
         check_channels(self, 'conv0', image.shape[-1])
         x = image
         kernel = (self.kernel_size, self.kernel_size)
@@ -74,7 +76,7 @@ class CNN(nn.Module):
                     width, dtype=self.dtype, name=f'attention{i}'
                 )
                 x = attention(x, train=train)
-        x = jnp.mean(x, axis=(1, 2)).astype(jnp.float32)
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if self.num_classes is None:
             return x
         return nn.Dense(self.num_classes, name='head')(x)

@@ -165,6 +165,12 @@ class ConViT(nn.Module):
                 f'num_local_layers {self.num_local_layers} is not between 0 and the '
                 f'depth {self.depth}'
             )
+        sharp = self.locality_strength != 1.0
+        if sharp and not (self.local_init and self.num_local_layers):
+            raise UserError(
+                'locality_strength is of the convolutional start: it needs '
+                'local_init=True and num_local_layers above 0'
+            )
         if self.num_local_layers == self.depth and self.pool == 'cls':
             raise UserError(
                 f'all {self.depth} layers are local, so no class token can join; use '

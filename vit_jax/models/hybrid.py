@@ -72,7 +72,8 @@ def embed_image(
         if stem_kwargs:
             raise UserError(f'stem_kwargs {dict(stem_kwargs)} need a stem')
         return PatchEmbed(width, patch_size, dtype=dtype, name='patches')(image)
-    make = make_part('stem', stem, STEMS, stem_kwargs)
+    owned = ('num_classes', 'pool', 'dtype', 'name')
+    make = make_part('stem', stem, STEMS, stem_kwargs, owned=owned)
     x = make(dtype=dtype, name='stem')(image, train=train)
     size, cells = image.shape[1:-1], x.shape[1:-1]
     patch = resolve_patch(patch_size, len(size))

@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Array:
-        """Classifies images of one size.
+        """Classifies images of one size, which it knows as a number of pixels only.
 
         Args:
           image: `[B, *size, channels]`.
@@ -38,7 +38,7 @@ class MLP(nn.Module):
           Logits `[B, V]`, float32.
 
         Raises:
-          UserError: for an image of another size than the parameters'.
+          UserError: for an image of another number of pixels than the parameters'.
 
         >>> import jax
         >>> model = MLP(num_classes=7, widths=(16,))

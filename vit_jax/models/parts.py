@@ -1,7 +1,7 @@
 """Parts of a model, chosen by a short name or brought by a fork."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ def make_part(
     choice: str | Callable[..., nn.Module],
     table: Mapping[str, Callable[..., nn.Module]],
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    owned: Collection[str] = (),
 ) -> Callable[..., nn.Module]:
     """What makes the module of that name, some of its fields given.
 
@@ -23,6 +25,7 @@ def make_part(
       choice: a name of `table`, or what makes the module.
       table: the names.
       kwargs: fields of the module.
+      owned: fields that the model sets, so that `kwargs` may not.
 
     Raises:
       UserError: for an unknown name or field; offers the nearest.
@@ -40,6 +43,9 @@ def make_part(
             f'{kind} is a name ({", ".join(table)}) or a callable, and its fields are '
             f'a mapping; got {choice!r} and {kwargs!r}'
         )
+    for field in kwargs or {}:
+        if field in owned:
+            raise UserError(f'{field} of {kind} {choice!r} is set by the model')
     module = make.func if isinstance(make, partial) else make
     if dataclasses.is_dataclass(module):
         known = {f.name for f in dataclasses.fields(module)} - {'parent', 'name'}

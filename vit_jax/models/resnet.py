@@ -170,6 +170,13 @@ class ResNet(nn.Module):
         >>> model.apply(variables, image).shape
         (3, 7)
         """
+        attention = make_part(
+            'attention',
+            self.attention,
+            SPATIAL,
+            self.attention_kwargs,
+            owned=('features', 'strides', 'dtype', 'name'),
+        )
         self._check(image)
         conv = partial(
             Conv,
@@ -177,9 +184,6 @@ class ResNet(nn.Module):
             standardize_eps=self.standardize_eps,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
-        )
-        attention = make_part(
-            'attention', self.attention, SPATIAL, self.attention_kwargs
         )
         norm = partial(
             make_norm,
@@ -206,7 +210,7 @@ class ResNet(nn.Module):
         if self.preactivation:
             x = nn.relu(norm(name='norm')(x))
         if self.pool == 'mean':
-            x = jnp.mean(x, axis=(1, 2)).astype(jnp.float32)
+            x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if self.num_classes is None:
             return x
         return nn.Dense(self.num_classes, name='head')(x.astype(jnp.float32))
@@ -247,6 +251,13 @@ class ResNet(nn.Module):
         if self.norm == 'group' and self.width % self.num_groups:
             raise UserError(
                 f'num_groups {self.num_groups} does not divide the width {self.width}'
+            )
+        if not self.attention_stages and (
+            self.attention != 'global' or self.attention_kwargs
+        ):
+            raise UserError(
+                f'attention={self.attention!r} and attention_kwargs need '
+                'attention_stages, such as (3, 4)'
             )
         stages = range(1, len(self.stage_sizes) + 1)
         if not set(self.attention_stages) <= set(stages):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+from flax.core import FrozenDict
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.models.cnn import CNN
@@ -108,7 +109,10 @@ def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]
         return ResNet, dict(RESNETS[name])
     if name in HYBRIDS:
         size, stage_sizes, patch_size = HYBRIDS[name]
-        stem = {'stem': 'resnet', 'stem_kwargs': {'stage_sizes': stage_sizes}}
+        trunk: FrozenDict[str, Any] = FrozenDict(
+            stage_sizes=stage_sizes
+        )  # modules are hashed under jit
+        stem = {'stem': 'resnet', 'stem_kwargs': trunk}
         return ViT, _vit_fields('ViT', size, patch_size) | stem
     match = re.fullmatch(r'(\w+)-([\w+]+)/(\d+)', name)
     if not match or match[1] not in FAMILIES:
