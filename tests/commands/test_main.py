@@ -1,4 +1,5 @@
 import importlib
+import logging
 import os
 import re
 import subprocess
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 
+from vit_jax.commands import options
 from vit_jax.main import COMMANDS
 
 pytest_plugins = ['command_fixtures']
@@ -110,6 +112,24 @@ def test_interrupts_are_quiet(run, monkeypatch):
     train = importlib.import_module('vit_jax.commands.train')
     monkeypatch.setattr(train, 'main', interrupt)
     assert run('train') == (130, '', '\nvit_jax: interrupted\n')
+
+
+def test_late_readers_of_a_damaged_checkpoint_are_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'unraisablehook', sys.__unraisablehook__)
+    monkeypatch.setattr(logging, 'basicConfig', lambda **_: None)
+    options.quiet()
+
+    class Reader:
+        def __init__(self, message):
+            self.message = message
+
+        def __del__(self):  # where Python has nowhere to raise to
+            raise RuntimeError(self.message)
+
+    Reader('Event loop is closed')
+    assert capsys.readouterr().err == ''
+    Reader('a fault of ours')
+    assert 'a fault of ours' in capsys.readouterr().err
 
 
 def test_errors_that_are_not_the_users_keep_their_traceback(run, monkeypatch):

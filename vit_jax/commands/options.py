@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -100,6 +101,16 @@ def keys(overrides: Sequence[str]) -> list[str]:
     return [o.removeprefix('--config.').partition('=')[0] for o in overrides]
 
 
+def hide_late_readers(unraisable: 'sys.UnraisableHookArgs') -> None:
+    """Keeps still what a damaged checkpoint's other readers say after the first.
+
+    Orbax closes its event loop at the first error; the readers that end later have
+    nowhere to report to, and each prints a traceback.
+    """
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
+
+
 def quiet() -> None:
     """Keeps libraries from writing progress and notices between our lines."""
     import logging
@@ -107,3 +118,5 @@ def quiet() -> None:
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     logging.getLogger('absl').setLevel(logging.ERROR)
     logging.basicConfig(format='vit_jax: %(message)s', level=logging.WARNING)
+    if sys.unraisablehook is sys.__unraisablehook__:  # not that of a debugger
+        sys.unraisablehook = hide_late_readers
