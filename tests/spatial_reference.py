@@ -1,13 +1,26 @@
 """Attention inside CNNs in plain NumPy and float64, position by position.
 
 Nothing here calls `vit_jax`. Maps are `[B, R, C, D]`, queries, keys and values of
-heads `[B, R, C, N, H]`, weights `[B, N, R, C, R', C']`.
+heads `[B, R, C, N, H]`, weights `[B, N, R, C, R', C']`. Beside the references,
+`array_sizes` says what a program holds.
 """
 
 import math
 
+import jax
 import numpy as np
 from numpy_reference import softmax
+
+
+def array_sizes(jaxpr):
+    """The number of entries of each array of a program, loops included."""
+    sizes = set()
+    for equation in jaxpr.eqns:
+        sizes |= {math.prod(var.aval.shape) for var in equation.outvars}
+        for value in jax.tree.leaves(tuple(equation.params.values())):
+            if hasattr(value, 'eqns') or hasattr(value, 'jaxpr'):
+                sizes |= array_sizes(getattr(value, 'jaxpr', value))
+    return sizes
 
 
 def windows(size, kernel, strides, before):
@@ -62,11 +75,13 @@ def attend(query, key, value, logit):
     return out, weights
 
 
-def global_attention(query, key, value, rows, columns):
-    """q . (k + r) / sqrt(H), tables shared by the heads."""
+def global_attention(query, key, value, rows=None, columns=None):
+    """q . (k + r) / sqrt(H), tables shared by the heads; without tables, r is 0."""
     (num_rows, num_cols), size = query.shape[1:3], query.shape[-1]
 
     def logit(b, n, i, j):
+        if rows is None:
+            return query[(b, *i, n)] @ key[(b, *j, n)] / math.sqrt(size)
         position = (
             rows[j[0] - i[0] + num_rows - 1] + columns[j[1] - i[1] + num_cols - 1]
         )
@@ -116,14 +131,16 @@ def project(params, x):
 
 
 def augmented_conv(params, x, strides=1):
-    convolved = convolution(params['conv']['kernel'], x, strides)
+    parts = []
+    if 'conv' in params:
+        parts.append(convolution(params['conv']['kernel'], x, strides))
     x = pool(x, 2 * strides - 1, strides, strides - 1)
     position = params['relative_position']
     out, weights = global_attention(
         *project(params, x), position['rows'], position['columns']
     )
     out = np.einsum('brcnh,nhd->brcd', out, params['out']['kernel'])
-    return np.concatenate([convolved, out], axis=-1), weights
+    return np.concatenate([*parts, out], axis=-1), weights
 
 
 def botnet(params, x, strides=1):

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vit_jax.layers.local_attention import LocalAttention
 from vit_jax.models import build_model
 from vit_jax.models.convit import ConViT
 from vit_jax.models.resnet import ResNet
@@ -180,6 +181,24 @@ def test_count_params():
         'b': [jnp.zeros(()), jax.ShapeDtypeStruct((7,), int)],
     }
     assert count_params(tree) == 15 + 1 + 7
+
+
+@pytest.mark.parametrize('kernel_size', [3, 7])
+def test_local_attention_counts_what_it_multiplies(kernel_size):
+    width, heads, positions = 8, 2, 6 * 10
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, image, *, train=False):
+            layer = LocalAttention(width, num_heads=heads, kernel_size=kernel_size)
+            return layer(image, train=train)
+
+    (cost,) = summarize(Net(), (6, 10, width)).values()
+    maps = 3 * positions * width * width
+    # By a row and a column table, each for half of the channels.
+    positional = 2 * positions * (width // 2) * kernel_size
+    neighbours = 2 * positions * width * kernel_size**2  # q k, and weights v
+    assert cost.macs == maps + positional + neighbours
 
 
 def test_costs_of_a_resnet_with_its_statistics_and_its_stem():

@@ -16,6 +16,7 @@ from jax.extend import core
 from vit_jax.typing import Shape
 
 OTHER = '(other)'
+SCOPE = 'multiply_adds'
 
 
 class Cost(NamedTuple):
@@ -119,7 +120,11 @@ def _block(name_stack: str) -> str:
 
 
 def _macs(eqn: core.JaxprEqn) -> int:
-    """Multiply-adds of a matrix product or a convolution, else 0."""
+    """Multiply-adds of a matrix product or a convolution, else 0.
+
+    Layers that write such a product as a sum of elementwise ones (local attention) do
+    so in the scope 'multiply_adds'.
+    """
     if eqn.primitive.name == 'dot_general':
         (contracted, _), _ = eqn.params['dimension_numbers']
         shape = _aval(eqn.invars[0]).shape
@@ -129,6 +134,8 @@ def _macs(eqn: core.JaxprEqn) -> int:
         kernel = _aval(eqn.invars[1])
         out_channels = kernel.shape[eqn.params['dimension_numbers'].rhs_spec[0]]
         return _aval(eqn.outvars[0]).size * kernel.size // out_channels
+    if eqn.primitive.name == 'mul' and SCOPE in str(eqn.source_info.name_stack):
+        return _aval(eqn.outvars[0]).size
     return 0
 
 

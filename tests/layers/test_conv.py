@@ -122,3 +122,36 @@ def test_every_field_of_the_stem_matters_and_bfloat16_reaches_its_modules():
     model_checks.check_every_field_matters(make_stem, shape, others)
     stem = make_stem(dtype=jnp.bfloat16)
     model_checks.check_dtype_reaches_every_module(stem, shape, [])
+
+
+def test_variance_of_the_stem_survives_a_large_mean():
+    """A kernel that only sees its middle: no zero of a border joins the mean."""
+    stem = ConvStem(widths=(C,), num_groups=C)
+    (x,) = reference.random_arrays(0, (B, 8, 12, C))
+    x = np.float64(np.float32(x + 1000.0))
+    params = reference.init(stem, jnp.float32(x))
+    kernel = jnp.zeros((3, 3, C, C)).at[1, 1].set(jnp.eye(C))
+    params = {**params, 'conv0': {'kernel': kernel}}
+    seen = x[:, ::2, ::2]
+    expected = conv_reference.group_norm({'scale': 1.0, 'bias': 0.0}, seen, groups=C)
+    out = reference.apply(stem, params, x)
+    reference.assert_close(out, np.maximum(expected, 0), 1e-3)
+
+
+@pytest.mark.parametrize('module', [Conv(F), ConvStem((8,))])
+@pytest.mark.parametrize('shape', [(4, 6, 3), (6,), (1, 2, 4, 6, 3)])
+def test_what_is_no_map_is_told(module, shape):
+    name = type(module).__name__
+    with pytest.raises(UserError, match=rf'^{name} takes a map \[B, R, C, D\]; got'):
+        reference.init_shapes(module, jnp.ones(shape))
+
+
+def test_strides_and_groups_of_0_are_told():
+    image = jnp.ones((1, 4, 6, 3))
+    for strides in (0, -1):
+        with pytest.raises(
+            UserError, match=f'Conv takes strides above 0, not {strides}'
+        ):
+            reference.init_shapes(Conv(F, strides), image)
+    with pytest.raises(UserError, match=r'num_groups 0 does not divide widths \(8,\)'):
+        reference.init_shapes(ConvStem((8,), num_groups=0), image)

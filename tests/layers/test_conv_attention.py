@@ -1,3 +1,6 @@
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import model_checks
@@ -11,7 +14,10 @@ from vit_jax.layers.conv_attention import (
     AugmentedConv,
     GlobalAttention,
     SAGANAttention,
+    apply_global_weights,
     average_pool,
+    global_attention,
+    global_weights,
     relative_logits,
 )
 
@@ -25,14 +31,102 @@ def module_and_map(module, grid, channels, seed=0):
 
 
 def check_against_loops(module, loops, grid, channels, **kwargs):
-    """The output and the sown weights."""
+    """The output, with weights and without, and the sown weights."""
     params, x = module_and_map(module, grid, channels)
     expected, expected_weights = loops(reference.float64(params), x, **kwargs)
     assert expected.shape[1:3] == tuple(-(-n // module.strides) for n in grid)
+    out = reference.apply(module.clone(impl='chunked'), params, x)
+    reference.assert_close(out, expected)
     out, sown = reference.apply(module, params, x, mutable='intermediates')
     reference.assert_close(out, expected)
     (weights,) = sown['intermediates']['attention_weights']
     reference.assert_close(weights, expected_weights)
+
+
+@pytest.mark.parametrize('impl', ['auto', 'chunked'])
+@pytest.mark.parametrize('positions', [True, False])
+def test_global_attention_of_maps_equals_the_loops(positions, impl):
+    """Values have another size than keys, and keys without positions another map."""
+    grid, key_grid = (3, 5), (3, 5) if positions else (2, 7)
+    query, key, value, *tables = reference.random_arrays(
+        0, (B, *grid, 3, 7), (B, *key_grid, 3, 7), (B, *key_grid, 3, 2), (5, 7), (9, 7)
+    )
+    tables = tables if positions else None
+    expected = spatial_reference.global_attention(query, key, value, *(tables or ()))
+    attend = jax.jit(partial(global_attention, impl=impl))
+    reference.assert_close(attend(query, key, value, tables), expected[0])
+    weights = jax.jit(global_weights)(query, key, tables)
+    reference.assert_close(weights, expected[1])
+    out = apply_global_weights(weights, jnp.float32(value))
+    reference.assert_close(out, expected[0])
+
+
+def test_global_attention_tells_keys_of_another_map_than_the_positions():
+    query, key, rows, columns = map(
+        jnp.zeros, [(1, 3, 5, 2, 7), (1, 2, 5, 2, 7), (5, 7), (9, 7)]
+    )
+    with pytest.raises(UserError, match=r'bias of shape \(1, 2, 15, 15\) does not'):
+        global_attention(query, key, key, (rows, columns))
+
+
+@pytest.mark.parametrize('impl', ['dense', 'chunked'])
+@pytest.mark.parametrize('source', ['content', 'rows', 'columns'])
+def test_logits_of_bfloat16_stay_float32(source, impl):
+    """Logits of 100 and 100.25: equal in bfloat16, whose steps there are 0.5."""
+    grid = (1, 2) if source == 'columns' else (2, 1)
+    ends = ([12.5, 0, 0, 0], [12.5, 1, 0, 0])  # the position itself, and the next
+    query = np.broadcast_to([16, 0.5, 0, 0], (1, *grid, 1, 4))
+    key = np.zeros((1, *grid, 1, 4))
+    tables = {
+        name: np.zeros((2 * n - 1, 4)) for name, n in zip(('rows', 'columns'), grid)
+    }
+    if source == 'content':
+        key[:] = np.reshape(ends, key.shape)
+    else:
+        tables[source][1:] = ends
+    value = np.arange(2.0).reshape(1, *grid, 1, 1) + np.zeros(4)
+    query, key, value = (jnp.bfloat16(x) for x in (query, key, value))
+    tables = tuple(map(jnp.float32, tables.values()))
+    expected = 1 / (1 + math.exp(-0.25))
+    out = jax.jit(partial(global_attention, impl=impl))(query, key, value, tables)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out)[0, 0, 0], expected, atol=0.004)
+    weights = jax.jit(global_weights)(query, key, tables)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights[0, 0, 0, 0, -1, -1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_sagan_holds_no_entry_for_every_pair_of_positions_unless_asked(backward):
+    module = SAGANAttention(impl='chunked')
+    grid = (16, 17)
+    params, x = module_and_map(module, grid, 16)
+    pairs = B * math.prod(grid) ** 2
+
+    def run(params, mutable):
+        out = module.apply({'params': params}, x, mutable=mutable)
+        return jnp.sum(out[0] if mutable else out)
+
+    def largest(mutable):
+        loss = partial(run, mutable=mutable)
+        program = jax.make_jaxpr(jax.grad(loss) if backward else loss)(params)
+        return max(spatial_reference.array_sizes(program))
+
+    assert largest(['intermediates']) == pairs
+    assert largest(False) == pairs // 2  # two blocks of queries
+
+
+@pytest.mark.parametrize(
+    ('make', 'kwargs'), [(AugmentedConv, {'key_ratio': 1.0}), (GlobalAttention, {})]
+)
+def test_relative_tables_start_with_the_size_of_a_head(make, kwargs):
+    size = 32
+    module = make(4 * size, num_heads=4, **kwargs)
+    params = reference.init(module, jnp.ones((1, 11, 13, 3)))['relative_position']
+    for name, length in (('rows', 21), ('columns', 25)):
+        assert params[name].shape == (length, size)
+        np.testing.assert_allclose(np.std(params[name]), size**-0.5, rtol=0.1)
+    assert not np.allclose(params['rows'], params['columns'][:21], atol=0.1)
 
 
 @pytest.mark.parametrize('grid', [*GRIDS, (1, 1)])
@@ -133,6 +227,23 @@ def test_augmented_conv_equals_the_loops(strides, grid):
     )
 
 
+def test_augmented_conv_of_attention_alone_equals_the_loops():
+    module = AugmentedConv(
+        18, 2, num_heads=3, key_ratio=1.0, value_ratio=1.0, min_key_dim=1
+    )
+    check_against_loops(module, spatial_reference.augmented_conv, (4, 9), 5, strides=2)
+    shapes = jax.tree.map(
+        jnp.shape, reference.init_shapes(module, jnp.zeros((1, 4, 9, 5)))
+    )
+    assert shapes == {
+        'query': {'kernel': (5, 3, 6)},
+        'key': {'kernel': (5, 3, 6)},
+        'value': {'kernel': (5, 3, 6)},
+        'relative_position': {'rows': (3, 6), 'columns': (9, 6)},
+        'out': {'kernel': (3, 6, 18)},
+    }
+
+
 @pytest.mark.parametrize(
     ('features', 'key_dim', 'value_dim'), [(128, 20, 2), (512, 20, 6), (1024, 26, 13)]
 )
@@ -207,7 +318,11 @@ def test_bfloat16_is_that_of_the_output_not_of_parameters_and_weights(module):
     reference.assert_close(np.float32(out), expected, 0.2)
 
 
-INIT = {'kernel_init': model_checks.half_zeros, 'dtype': jnp.bfloat16}
+INIT = {
+    'impl': 'chunked',
+    'kernel_init': model_checks.half_zeros,
+    'dtype': jnp.bfloat16,
+}
 
 
 @pytest.mark.parametrize(
@@ -282,7 +397,14 @@ def test_bad_maps_and_strides_are_told(module):
             AugmentedConv(8),
             'of 8 features leaves the convolution none: 8 are of attention',
         ),
+        (
+            AugmentedConv(17, num_heads=3, value_ratio=1.0),
+            'of 17 features leaves the convolution none: 18 are of attention',
+        ),
         (AugmentedConv(8, num_heads=0), 'num_heads must be above 0, not 0'),
+        (AugmentedConv(40, value_ratio=0.0), 'value_ratio must be above 0, not 0.0'),
+        (AugmentedConv(40, key_ratio=-0.1), 'key_ratio must be above 0, not -0.1'),
+        (SAGANAttention(24, impl='chunk'), "impl 'chunk'; did you mean 'chunked'"),
         (GlobalAttention(10), 'num_heads 4 does not divide the width 10'),
     ],
 )

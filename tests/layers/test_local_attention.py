@@ -95,22 +95,13 @@ def test_no_array_has_an_entry_for_every_pair_of_positions(backward):
     def run(inputs):
         return jnp.sum(local_attention(**inputs))
 
-    sizes = array_sizes(jax.make_jaxpr(jax.grad(run) if backward else run)(inputs))
+    sizes = spatial_reference.array_sizes(
+        jax.make_jaxpr(jax.grad(run) if backward else run)(inputs)
+    )
     assert max(sizes) >= B * N * kernel_size**2 * math.prod(grid)  # the logits
     assert max(sizes) < pairs
     # Nor does one have k^2 maps: neighbours are not gathered.
     assert max(sizes) < kernel_size**2 * inputs['query'].size
-
-
-def array_sizes(jaxpr):
-    """The number of entries of each array of a program, loops included."""
-    sizes = set()
-    for equation in jaxpr.eqns:
-        sizes |= {math.prod(var.aval.shape) for var in equation.outvars}
-        for value in jax.tree.leaves(tuple(equation.params.values())):
-            if hasattr(value, 'eqns') or hasattr(value, 'jaxpr'):
-                sizes |= array_sizes(getattr(value, 'jaxpr', value))
-    return sizes
 
 
 def random_module(grid=(4, 9), channels=5, **kwargs):
@@ -263,8 +254,9 @@ def test_every_field_matters(module, others):
 @pytest.mark.parametrize(
     ('module', 'message'),
     [
-        (LocalAttention(16, kernel_size=4), 'needs an odd kernel_size, .* not 4'),
-        (LocalAttention(16, kernel_size=0), 'needs an odd kernel_size, .* not 0'),
+        (LocalAttention(16, kernel_size=4), 'an odd kernel_size above 0, .* not 4'),
+        (LocalAttention(16, kernel_size=0), 'an odd kernel_size above 0, .* not 0'),
+        (LocalAttention(16, kernel_size=-1), 'an odd kernel_size above 0, .* not -1'),
         (LocalAttention(10), 'num_heads 8 does not divide the width 10'),
         (LocalAttention(9, num_heads=3), 'it must be even, not 3'),
         (LocalAttention(16, strides=0), 'LocalAttention takes strides above 0, not 0'),
@@ -294,6 +286,68 @@ def test_tables_that_do_not_suit_the_queries_are_told():
     message = r'3 heads of size 6 needs tables of shape \(3, 3, 3\); .* and \(1, 3, 3\)'
     with pytest.raises(UserError, match=message):
         local_attention(**inputs)
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape'),
+    [
+        ('key', (B, 5, 3, N, H)),
+        ('key', (B, 3, 5, 1, H)),
+        ('value', (B, 3, 4, N, H)),
+        ('value', (1, 3, 5, N, H)),
+        ('value', (3, 5, N, H)),
+        ('query', (3, 5, N, H)),
+    ],
+)
+def test_maps_of_other_shapes_are_told(name, shape):
+    inputs = random_inputs((3, 5), 3)
+    inputs[name] = np.zeros(shape)
+    message = r'query, key and value of one shape \[B, R, C, N, H\]; got '
+    with pytest.raises(UserError, match=message):
+        local_attention(**inputs)
+    if name == 'key':
+        del inputs['value']
+        with pytest.raises(UserError, match=message):
+            local_weights(**inputs)
+
+
+@pytest.mark.parametrize('source', ['content', 'rows', 'columns'])
+def test_logits_of_bfloat16_stay_float32(source):
+    """Logits of 200 and 200.5: equal in bfloat16, whose steps there are 1."""
+    grid = (1, 2) if source == 'columns' else (2, 1)
+    ends = ([12.5, 0.0], [12.5, 1.0])  # of the position itself, and of the next
+    half = [0.0, 0.0]
+    query = [*half, 16, 0.5] if source == 'columns' else [16, 0.5, *half]
+    query, key = np.broadcast_to(query, (1, *grid, 1, 4)), np.zeros((1, *grid, 1, 4))
+    tables = {name: np.zeros((3, 1, 2)) for name in ('rows', 'columns')}
+    if source == 'content':
+        key[..., :2] = np.reshape(ends, (1, *grid, 1, 2))
+    else:
+        tables[source][1:, 0] = ends
+    value = np.arange(2.0).reshape(1, *grid, 1, 1) + np.zeros(4)
+    arrays = (jnp.bfloat16(x) for x in (query, key, value))
+    out = jax.jit(local_attention)(*arrays, *map(jnp.float32, tables.values()))
+    assert out.dtype == jnp.bfloat16
+    expected = 1 / (1 + math.exp(-0.5))
+    np.testing.assert_allclose(np.float32(out)[0, 0, 0], expected, atol=0.004)
+
+
+def test_relative_tables_start_with_the_size_of_a_head():
+    module = LocalAttention(512, num_heads=8)
+    params = reference.init(module, jnp.ones((1, 2, 3, 5)))
+    for name in ('rows', 'columns'):
+        assert params[name].shape == (7, 8, 32)
+        np.testing.assert_allclose(np.std(params[name]), 64**-0.5, rtol=0.05)
+    assert not np.array_equal(params['rows'], params['columns'])
+
+
+def test_mixtures_of_the_stem_start_unlike():
+    module = AttentionStem(64, num_heads=1, num_mixtures=11)
+    params = reference.init(module, jnp.ones((1, 4, 4, 3)))['value']
+    for name in ('rows', 'columns', 'mixtures'):
+        np.testing.assert_allclose(np.std(params[name]), 64**-0.25, rtol=0.15)
+    kernel = params['kernel']
+    assert not np.allclose(kernel[0], kernel[1], atol=0.1)
 
 
 def test_channels_that_are_not_those_of_the_stem_are_told():

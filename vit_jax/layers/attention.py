@@ -64,8 +64,9 @@ def dot_product_attention(
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     if impl == 'auto':
         impl = auto_impl(query, key, bias, mask)
-        if impl != 'chunked' and value.shape != key.shape:
-            impl = 'dense'  # the libraries' kernels take values as large as keys
+        if impl in ('xla', 'cudnn') and value.shape != key.shape:
+            # The libraries' kernels take values as large as keys.
+            impl = 'dense' if key.shape[1] <= _MAX_PLAIN_TOKENS else 'chunked'
     if impl == 'chunked':
         return _chunked(query, key, value, bias, mask, causal)
     if mask is not None and causal:

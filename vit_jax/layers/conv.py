@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.layers.norm import group_norm
 from vit_jax.layers.patch import check_channels
 from vit_jax.typing import Array, Dtype, Initializer
 
@@ -83,6 +84,15 @@ def standardize(kernel: Array, eps: float = 0.0) -> Array:
     return kernel / (jnp.sqrt(jnp.mean(kernel**2, axis=axes) + 1e-10) + eps)
 
 
+def check_feature_map(module: nn.Module, x: Array, strides: int = 1) -> None:
+    """Raises UserError unless `x` is `[B, R, C, D]` and `strides` above 0."""
+    name = type(module).__name__
+    if x.ndim != 4:
+        raise UserError(f'{name} takes a map [B, R, C, D]; got shape {x.shape}')
+    if strides <= 0:
+        raise UserError(f'{name} takes strides above 0, not {strides}')
+
+
 class Conv(nn.Module):
     """A square convolution without bias, of images.
 
@@ -116,11 +126,15 @@ class Conv(nn.Module):
         Returns:
           `[B, ceil(R / strides), ceil(C / strides), features]`.
 
+        Raises:
+          UserError: for a wrong rank, no strides, or what `padding` refuses.
+
         >>> x = jnp.ones((2, 5, 8, 3))
         >>> Conv(7, strides=2).init_with_output(jax.random.key(0), x)[0].shape
         (2, 3, 4, 7)
         """
         del train
+        check_feature_map(self, x, self.strides)
         size = (self.kernel_size, self.kernel_size)
         shape = (*size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
@@ -164,15 +178,16 @@ class ConvStem(nn.Module):
           `[B, R, C, widths[-1]]`, each size halved (and rounded up) by each width.
 
         Raises:
-          UserError: for groups that do not divide the widths, or channels that are
-            not those of the parameters.
+          UserError: for a wrong rank, groups that do not divide the widths, or
+            channels that are not those of the parameters.
 
         >>> stem = ConvStem(widths=(8, 16))
         >>> x = jnp.ones((2, 8, 20, 3))
         >>> stem.init_with_output(jax.random.key(0), x)[0].shape
         (2, 2, 5, 16)
         """
-        if any(width % self.num_groups for width in self.widths):
+        check_feature_map(self, image)
+        if self.num_groups <= 0 or any(w % self.num_groups for w in self.widths):
             raise UserError(
                 f'num_groups {self.num_groups} does not divide widths {self.widths}'
             )
@@ -180,6 +195,6 @@ class ConvStem(nn.Module):
         x = image
         for i, width in enumerate(self.widths):
             x = Conv(width, 2, dtype=self.dtype, name=f'conv{i}')(x, train=train)
-            x = nn.GroupNorm(self.num_groups, dtype=self.dtype, name=f'norm{i}')(x)
+            x = group_norm(self.num_groups, dtype=self.dtype, name=f'norm{i}')(x)
             x = nn.relu(x)
         return x

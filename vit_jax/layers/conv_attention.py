@@ -11,7 +11,10 @@ here, whose every position sees the whole map; the local one has its own file.
                      arXiv 2101.11605
 
 Each sows its weights as `intermediates/attention_weights` `[B, N, R, C, R', C']`
-(the queries' grid, then the keys') when the caller makes that collection mutable.
+(the queries' grid, then the keys') when the caller makes that collection mutable, and
+forms them for that only. SAGAN's else needs memory O(T) for long maps (a gradient at
+[4, 64, 64, 16] 67 MiB on the CPU, where with all weights it took 1,026); the relative
+logits of the others are a bias, and have T x T entries in any case.
 """
 
 from functools import partial
@@ -24,12 +27,78 @@ from vit_jax.errors import UserError, times
 from vit_jax.layers.attention import (
     apply_weights,
     attention_weights,
+    dot_product_attention,
     merge_heads,
+    needs_weights,
     project_heads,
     resolve_head_dim,
 )
-from vit_jax.layers.conv import Conv
+from vit_jax.layers.conv import Conv, check_feature_map
 from vit_jax.typing import Array, Dtype, Grid, Initializer
+
+Tables = tuple[Array, Array]  # of rows [2R - 1, H], of columns [2C - 1, H]
+
+
+def global_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    tables: Tables | None = None,
+    *,
+    impl: str = 'auto',
+) -> Array:
+    """softmax_j(q_i . (k_j + r_ij) / sqrt(H)) v_j over all positions j of a map.
+
+    Args:
+      query: `[B, R, C, N, H]`.
+      key: `[B, R', C', N, H]`.
+      value: `[B, R', C', N, H2]`.
+      tables: those of `relative_logits`, for r; None for r = 0. With them R', C' are
+        R, C, and a bias of T x T entries is formed, whatever `impl` is.
+      impl: see `dot_product_attention`.
+
+    Returns:
+      `[B, R, C, N, H2]`, in the dtype of `query`.
+
+    Raises:
+      UserError: for shapes that do not fit, or what `impl` cannot do.
+
+    >>> x, tables = jnp.ones((2, 3, 5, 4, 8)), (jnp.ones((5, 8)), jnp.ones((9, 8)))
+    >>> global_attention(x, x, x, tables).shape
+    (2, 3, 5, 4, 8)
+    """
+    bias = _relative_bias(query, tables)
+    tokens = (to_tokens(x) for x in (query, key, value))
+    out = dot_product_attention(*tokens, bias=bias, impl=impl)
+    return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def global_weights(query: Array, key: Array, tables: Tables | None = None) -> Array:
+    """The weights of `global_attention`; arguments as there.
+
+    Returns:
+      `[B, N, R, C, R', C']`, float32 (float64 where the inputs are).
+    """
+    bias = _relative_bias(query, tables)
+    weights = attention_weights(to_tokens(query), to_tokens(key), bias=bias)
+    return weights.reshape(*weights.shape[:2], *grid_of(query), *grid_of(key))
+
+
+def apply_global_weights(weights: Array, value: Array) -> Array:
+    """Averages `value` `[B, R', C', N, H]` by `global_weights`."""
+    batch, heads, *grid, rows, cols = weights.shape
+    weights = weights.reshape(batch, heads, -1, rows * cols)
+    return apply_weights(weights, to_tokens(value)).reshape(
+        batch, *grid, heads, value.shape[-1]
+    )
+
+
+def _relative_bias(query: Array, tables: Tables | None) -> Array | None:
+    if tables is None:
+        return None
+    logits = relative_logits(to_tokens(query), *tables, grid_of(query))
+    # The scale is for both halves; float32 logits lose nothing by it.
+    return query.shape[-1] ** -0.5 * logits
 
 
 def relative_logits(
@@ -104,13 +173,9 @@ def average_pool(x: Array, strides: int, margin: int = 0) -> Array:
     return pooled.astype(x.dtype)
 
 
-def check_feature_map(module: nn.Module, x: Array, strides: int = 1) -> None:
-    """Raises UserError unless `x` is `[B, R, C, D]` and `strides` above 0."""
-    name = type(module).__name__
-    if x.ndim != 4:
-        raise UserError(f'{name} takes a map [B, R, C, D]; got shape {x.shape}')
-    if strides <= 0:
-        raise UserError(f'{name} takes strides above 0, not {strides}')
+def _max_pool(x: Array, side: int) -> Array:
+    """The largest of each side x side window, at borders of what exists."""
+    return nn.max_pool(x, (side, side), (side, side), ((0, side - 1),) * 2)
 
 
 def grid_of(x: Array) -> Grid:
@@ -128,32 +193,26 @@ def unscaled(query: Array) -> Array:
     return query * query.shape[-1] ** 0.5
 
 
-def _sow_weights(module: nn.Module, weights: Array, grid: Grid, key_grid: Grid) -> None:
-    weights = weights.reshape(*weights.shape[:2], *grid, *key_grid)
-    module.sow('intermediates', 'attention_weights', weights)
-
-
 class RelativePositions(nn.Module):
     """Learned tables of relative positions, one a row offset, one a column offset."""
 
     @nn.compact
-    def __call__(self, query: Array, grid: Grid) -> Array:
-        """Args: query, `[B, T, N, H]`. Returns `relative_logits`, `[B, N, T, T]`.
+    def __call__(self, grid: Grid, size: int) -> Tables:
+        """Args: the grid, and H. Returns the tables that `relative_logits` takes.
 
         >>> import jax
-        >>> query = jnp.ones((2, 15, 3, 8))
-        >>> module = RelativePositions()
-        >>> module.init_with_output(jax.random.key(0), query, (3, 5))[0].shape
-        (2, 3, 15, 15)
+        >>> tables, _ = RelativePositions().init_with_output(
+        ...     jax.random.key(0), (3, 5), 8)
+        >>> [table.shape for table in tables]
+        [(5, 8), (9, 8)]
         """
         self._check_grid(grid)
-        size = query.shape[-1]
         init = nn.initializers.normal(size**-0.5)
         rows, cols = (
             self.param(name, init, (2 * length - 1, size), jnp.float32)
             for name, length in zip(('rows', 'columns'), grid)
         )
-        return relative_logits(query, rows, cols, grid)
+        return rows, cols
 
     def _check_grid(self, grid: Grid) -> None:
         if not self.has_variable('params', 'rows'):
@@ -182,6 +241,7 @@ class SAGANAttention(nn.Module):
       value_reduction: the same of the values.
       key_pool: side of the windows of which keys and values are the maximum; the last
         ones, of an odd size, are of what exists.
+      impl: see `dot_product_attention`.
       kernel_init: initializer of the 1x1 convolutions, which have no biases.
       dtype: dtype of the computation; parameters are float32.
     """
@@ -191,6 +251,7 @@ class SAGANAttention(nn.Module):
     key_reduction: int = 8
     value_reduction: int = 8
     key_pool: int = 1
+    impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: Dtype = jnp.float32
 
@@ -215,7 +276,6 @@ class SAGANAttention(nn.Module):
         >>> bool((out == x).all())
         True
         """
-        del train
         check_feature_map(self, x, self.strides)
         features = x.shape[-1] if self.features is None else self.features
         for reduction in (self.key_reduction, self.value_reduction):
@@ -235,17 +295,19 @@ class SAGANAttention(nn.Module):
         query = pointwise(features // self.key_reduction, name='query')(x)
         key = pointwise(features // self.key_reduction, name='key')(x)
         value = pointwise(features // self.value_reduction, name='value')(x)
-        window, padding = (self.key_pool,) * 2, ((0, self.key_pool - 1),) * 2
-        key, value = (nn.max_pool(y, window, window, padding) for y in (key, value))
+        key, value = (_max_pool(y, self.key_pool) for y in (key, value))
 
-        # One head, on an axis of its own: [B, T, 1, H].
-        grid, key_grid = grid_of(x), grid_of(key)
-        query, key, value = (to_tokens(y)[:, :, None] for y in (query, key, value))
-        weights = attention_weights(unscaled(query), key)
-        _sow_weights(self, weights, grid, key_grid)
-        out = apply_weights(weights, value).reshape(*x.shape[:3], -1)
+        # One head, on an axis of its own: [B, R, C, 1, H].
+        query, key, value = (y[..., None, :] for y in (unscaled(query), key, value))
+        if needs_weights(self, 0.0, train):
+            weights = global_weights(query, key)
+            self.sow('intermediates', 'attention_weights', weights)
+            out = apply_global_weights(weights, value)
+        else:
+            out = global_attention(query, key, value, impl=self.impl)
         gamma = self.param('gamma', nn.initializers.zeros, (), jnp.float32)
-        x = x + gamma.astype(self.dtype) * pointwise(features, name='out')(out)
+        out = pointwise(features, name='out')(out[..., 0, :])
+        x = x + gamma.astype(self.dtype) * out
         return average_pool(x, self.strides)
 
 
@@ -265,9 +327,12 @@ class AugmentedConv(nn.Module):
       num_heads: heads.
       key_ratio: channels of all keys, over `features`: the paper's kappa.
       value_ratio: channels dv of all values, over `features`: its upsilon. A head
-        gets the nearest whole number of channels, at least one.
+        gets the nearest whole number of channels, at least one. 1.0 leaves the
+        convolution none, and there is no convolution: the paper's fully attentional
+        case, with a `key_ratio` of 1.0.
       min_key_dim: least number of channels of a head's key.
       kernel_size: side of the convolution's kernel.
+      impl: see `global_attention`.
       kernel_init: initializer of the linear maps; none here has biases.
       dtype: dtype of the computation; parameters are float32.
     """
@@ -279,6 +344,7 @@ class AugmentedConv(nn.Module):
     value_ratio: float = 0.1
     min_key_dim: int = 20
     kernel_size: int = 3
+    impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: Dtype = jnp.float32
 
@@ -294,8 +360,8 @@ class AugmentedConv(nn.Module):
           `[B, ceil(R / strides), ceil(C / strides), features]`.
 
         Raises:
-          UserError: for a wrong rank, a map of another size than the parameters', or
-            heads that leave no channel to the convolution.
+          UserError: for a wrong rank, a map of another size than the parameters',
+            ratios not above 0, or heads that leave no channel to the convolution.
 
         >>> import jax
         >>> x = jnp.ones((2, 3, 5, 16))
@@ -304,21 +370,25 @@ class AugmentedConv(nn.Module):
         (2, 2, 3, 24)
         """
         check_feature_map(self, x, self.strides)
-        key_dim = max(self._share(self.key_ratio), self.min_key_dim)
-        value_dim = self._share(self.value_ratio)
+        key_dim = max(self._share('key_ratio'), self.min_key_dim)
+        value_dim = self._share('value_ratio')
         attended = self.num_heads * value_dim
-        if attended >= self.features:
+        convolved = self.features - attended
+        if convolved < 0 or (convolved == 0 and self.value_ratio < 1):
             raise UserError(
                 f'AugmentedConv of {self.features} features leaves the convolution '
                 f'none: {attended} are of attention; lower value_ratio or num_heads'
             )
-        convolved = Conv(
-            self.features - attended,
-            strides=self.strides,
-            kernel_size=self.kernel_size,
-            dtype=self.dtype,
-            name='conv',
-        )(x, train=train)
+        parts = []
+        if convolved:
+            conv = Conv(
+                convolved,
+                strides=self.strides,
+                kernel_size=self.kernel_size,
+                dtype=self.dtype,
+                name='conv',
+            )
+            parts.append(conv(x, train=train))
 
         # Windows centred where those of the convolution are: 3x3 at a stride of 2.
         x = average_pool(x, self.strides, margin=self.strides - 1)
@@ -328,21 +398,28 @@ class AugmentedConv(nn.Module):
             'dtype': self.dtype,
         }
         query, key, value = (
-            project_heads(self.num_heads, size, name=name, **linear)(to_tokens(x))
+            project_heads(self.num_heads, size, name=name, **linear)(x)
             for name, size in (
                 ('query', key_dim),
                 ('key', key_dim),
                 ('value', value_dim),
             )
         )
-        weights = _relative_weights(self, query, key, grid_of(x))
-        out = apply_weights(weights, value)
-        out = merge_heads(attended, name='out', **linear)(out)
-        return jnp.concatenate([convolved, out.reshape(*x.shape[:3], -1)], axis=-1)
+        tables = RelativePositions(name='relative_position')(grid_of(x), key_dim)
+        if needs_weights(self, 0.0, train):
+            weights = global_weights(query, key, tables)
+            self.sow('intermediates', 'attention_weights', weights)
+            out = apply_global_weights(weights, value)
+        else:
+            out = global_attention(query, key, value, tables, impl=self.impl)
+        parts.append(merge_heads(attended, name='out', **linear)(out))
+        return jnp.concatenate(parts, axis=-1)
 
-    def _share(self, ratio: float) -> int:
-        if self.num_heads <= 0:
-            raise UserError(f'num_heads must be above 0, not {self.num_heads}')
+    def _share(self, name: str) -> int:
+        ratio: float = getattr(self, name)
+        for field, value in (('num_heads', self.num_heads), (name, ratio)):
+            if value <= 0:
+                raise UserError(f'{field} must be above 0, not {value}')
         return max(round(ratio * self.features / self.num_heads), 1)
 
 
@@ -359,6 +436,7 @@ class GlobalAttention(nn.Module):
       features: channels of the output.
       strides: of the average pooling behind the attention.
       num_heads: heads; must divide `features`.
+      impl: see `global_attention`.
       kernel_init: initializer of the linear maps, which have no biases.
       dtype: dtype of the computation; parameters are float32.
     """
@@ -366,6 +444,7 @@ class GlobalAttention(nn.Module):
     features: int
     strides: int = 1
     num_heads: int = 4
+    impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: Dtype = jnp.float32
 
@@ -390,7 +469,6 @@ class GlobalAttention(nn.Module):
         >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), x)[0].shape
         (2, 2, 3, 24)
         """
-        del train
         check_feature_map(self, x, self.strides)
         head_dim = resolve_head_dim(self.features, self.num_heads, None)
         query, key, value = (
@@ -401,19 +479,15 @@ class GlobalAttention(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 name=name,
-            )(to_tokens(x))
+            )(x)
             for name in ('query', 'key', 'value')
         )
-        weights = _relative_weights(self, query, key, grid_of(x))
-        out = apply_weights(weights, value).reshape(*x.shape[:3], self.features)
+        tables = RelativePositions(name='relative_position')(grid_of(x), head_dim)
+        if needs_weights(self, 0.0, train):
+            weights = global_weights(query, key, tables)
+            self.sow('intermediates', 'attention_weights', weights)
+            out = apply_global_weights(weights, value)
+        else:
+            out = global_attention(query, key, value, tables, impl=self.impl)
+        out = out.reshape(*x.shape[:3], self.features)
         return average_pool(out, self.strides)
-
-
-def _relative_weights(module: nn.Module, query: Array, key: Array, grid: Grid) -> Array:
-    """softmax(q . (k + r) / sqrt(H)), `[B, N, T, T]`, inside of a module's call."""
-    logits = RelativePositions(name='relative_position')(query, grid)
-    # The scale is for both halves; float32 logits lose nothing by it.
-    bias = query.shape[-1] ** -0.5 * logits
-    weights = attention_weights(query, key, bias=bias)
-    _sow_weights(module, weights, grid, grid)
-    return weights

@@ -28,7 +28,8 @@ from vit_jax.layers.attention import (
     project_heads,
     resolve_head_dim,
 )
-from vit_jax.layers.conv_attention import average_pool, check_feature_map, unscaled
+from vit_jax.layers.conv import check_feature_map
+from vit_jax.layers.conv_attention import average_pool, grid_of, unscaled
 from vit_jax.layers.patch import check_channels
 from vit_jax.typing import Array, Dtype, Grid, Initializer, PRNGKey
 
@@ -48,12 +49,13 @@ def local_attention(
       `[B, R, C, N, H]`, in the dtype of `value`.
 
     Raises:
-      UserError: for an even k or H, or tables that do not suit the queries.
+      UserError: for an even k or H, or shapes that do not suit each other.
 
     >>> x, table = jnp.ones((2, 4, 9, 3, 8)), jnp.ones((5, 3, 4))
     >>> local_attention(x, x, x, table, table).shape
     (2, 4, 9, 3, 8)
     """
+    _check_maps(query, key, value)
     weights = local_weights(query, key, row_table, column_table)
     return apply_local_weights(weights, value)
 
@@ -67,6 +69,7 @@ def local_weights(
       `[k * k, B, N, R, C]`, offsets row by row, 0 for neighbours outside of the map;
       float32 (float64 where the query is).
     """
+    _check_maps(query, key)
     _check_tables(query, row_table, column_table)
     kernel_size, _, half = row_table.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -87,7 +90,8 @@ def local_weights(
     @partial(jax.checkpoint, prevent_cse=False)  # in a loop, nothing to merge
     def content_logits(offset: Array) -> Array:
         neighbour = _shift(padded, offset, query.shape)
-        return jnp.sum(wide_query * neighbour, axis=2)
+        with jax.named_scope('multiply_adds'):  # for `summary`
+            return jnp.sum(wide_query * neighbour, axis=2)
 
     logits = jax.lax.map(content_logits, _offsets(kernel_size))
     logits = logits + bias.reshape(logits.shape)
@@ -105,7 +109,9 @@ def apply_local_weights(weights: Array, value: Array) -> Array:
 
     @partial(jax.checkpoint, prevent_cse=False)
     def term(offset: Array, weight: Array) -> Array:
-        return weight[:, :, None] * _shift(padded, offset, value.shape)
+        neighbour = _shift(padded, offset, value.shape)
+        with jax.named_scope('multiply_adds'):
+            return weight[:, :, None] * neighbour
 
     def add(total: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
         return total + term(*step), None
@@ -157,14 +163,27 @@ def _inside(grid: Grid, kernel_size: int) -> np.ndarray:
     return inside.reshape(kernel_size**2, *grid)
 
 
+def _check_maps(query: Array, *others: Array) -> None:
+    if query.ndim != 5 or any(x.shape != query.shape for x in others):
+        shapes = ', '.join(str(x.shape) for x in (query, *others))
+        raise UserError(
+            'local attention takes query, key and value of one shape '
+            f'[B, R, C, N, H]; got {shapes}'
+        )
+
+
+def _check_kernel_size(kernel_size: int) -> None:
+    if kernel_size <= 0 or kernel_size % 2 == 0:
+        raise UserError(
+            'local attention needs an odd kernel_size above 0, whose middle is the '
+            f'position itself, not {kernel_size}'
+        )
+
+
 def _check_tables(query: Array, row_table: Array, column_table: Array) -> None:
     *_, heads, size = query.shape
     kernel_size = len(row_table)
-    if kernel_size % 2 == 0:
-        raise UserError(
-            f'local attention needs an odd kernel_size, whose middle is the position '
-            f'itself, not {kernel_size}'
-        )
+    _check_kernel_size(kernel_size)
     if size % 2:
         raise UserError(
             'local attention shares the size of a head between rows and columns: it '
@@ -218,7 +237,8 @@ class LocalAttention(nn.Module):
           `[B, ceil(R / strides), ceil(C / strides), features]`.
 
         Raises:
-          UserError: for a wrong rank, an even `kernel_size`, or heads that do not fit.
+          UserError: for a wrong rank, a `kernel_size` that is not odd and above 0, or
+            heads that do not fit.
 
         >>> x = jnp.ones((2, 3, 5, 16))
         >>> layer = LocalAttention(features=32, strides=2, kernel_size=3)
@@ -227,6 +247,7 @@ class LocalAttention(nn.Module):
         """
         del train
         check_feature_map(self, x, self.strides)
+        _check_kernel_size(self.kernel_size)
         head_dim = resolve_head_dim(self.features, self.num_heads, None)
         query, key, value = (
             project_heads(
@@ -268,8 +289,49 @@ def mixture_weights(rows: Array, columns: Array, mixtures: Array) -> Array:
     return jax.nn.softmax(jnp.einsum('abE,mE->abm', place, mixtures), axis=-1)
 
 
+def spatial_values(blocks: Array, kernel: Array, mixture: Array) -> Array:
+    """A linear map that depends on the place: sum_m p(a, b, m) W_m x.
+
+    Section 3.2 of the paper.
+
+    Args:
+      blocks: `[X, k * k, D]`, the pixels of each block, row by row.
+      kernel: `[M, D, F]`, the W.
+      mixture: `[k, k, M]`, the p of `mixture_weights`.
+
+    Returns:
+      `[X, k * k, F]`, in the dtype of `blocks`.
+
+    >>> blocks, kernel, mixture = map(jnp.ones, [(6, 4, 3), (5, 3, 8), (2, 2, 5)])
+    >>> spatial_values(blocks, kernel, mixture).shape
+    (6, 4, 8)
+    """
+    # Mixing the maps, not their outputs, leaves one of each image's size.
+    kernel = jnp.einsum('TM,MDF->TDF', mixture.reshape(-1, len(kernel)), kernel)
+    return jnp.einsum('XTD,TDF->XTF', blocks, kernel.astype(blocks.dtype))
+
+
+def to_blocks(x: Array, side: int) -> Array:
+    """Cuts a map into blocks: `[B, R, C, D]` -> `[X, k * k, D]`, all row by row.
+
+    >>> to_blocks(jnp.arange(8).reshape(1, 2, 4, 1), 2)[..., 0]
+    Array([[0, 1, 4, 5],
+           [2, 3, 6, 7]], dtype=int32)
+    """
+    batch, rows, cols, channels = x.shape
+    x = x.reshape(batch, rows // side, side, cols // side, side, channels)
+    return x.swapaxes(2, 3).reshape(-1, side * side, channels)
+
+
+def from_blocks(blocks: Array, side: int, grid: Grid) -> Array:
+    """The map `[B, R, C, D]` that `to_blocks` cut."""
+    rows, cols = grid
+    x = blocks.reshape(-1, rows // side, cols // side, side, side, blocks.shape[-1])
+    return x.swapaxes(2, 3).reshape(-1, rows, cols, blocks.shape[-1])
+
+
 class SpatialValues(nn.Module):
-    """Values by a linear map that depends on the place: sum_m p(a, b, m) W_m x.
+    """`spatial_values` with its parameters.
 
     Attributes:
       features: channels of the values.
@@ -308,16 +370,13 @@ class SpatialValues(nn.Module):
         # At the start the exponents of p have a variance of 2, whatever E is.
         init = nn.initializers.normal(self.embedding_dim**-0.25)
         place = (self.kernel_size, self.embedding_dim)
-        mixture = (self.num_mixtures, self.embedding_dim)
-        weights = mixture_weights(
+        choice = (self.num_mixtures, self.embedding_dim)
+        mixture = mixture_weights(
             self.param('rows', init, place, jnp.float32),
             self.param('columns', init, place, jnp.float32),
-            self.param('mixtures', init, mixture, jnp.float32),
+            self.param('mixtures', init, choice, jnp.float32),
         )
-        # Mixing the maps, not their outputs, leaves one of each image's size.
-        weights = weights.reshape(-1, self.num_mixtures)
-        kernel = jnp.einsum('TM,MDF->TDF', weights, kernel)
-        return jnp.einsum('XTD,TDF->XTF', *(y.astype(self.dtype) for y in (x, kernel)))
+        return spatial_values(x.astype(self.dtype), kernel, mixture)
 
 
 class AttentionStem(nn.Module):
@@ -369,19 +428,16 @@ class AttentionStem(nn.Module):
         """
         del train
         check_feature_map(self, x)
-        batch, num_rows, num_cols, channels = x.shape
-        side = self.kernel_size
-        if side <= 0 or num_rows % side or num_cols % side:
+        side, grid = self.kernel_size, grid_of(x)
+        if side <= 0 or any(length % side for length in grid):
             raise UserError(
                 f'AttentionStem of {side}x{side} blocks does not divide the image '
-                f'{times((num_rows, num_cols))}; change the image size or kernel_size'
+                f'{times(grid)}; change the image size or kernel_size'
             )
-        check_channels(self, 'value', channels)
+        check_channels(self, 'value', x.shape[-1])
         head_dim = resolve_head_dim(self.features, self.num_heads, None)
 
-        grid = (batch, num_rows // side, side, num_cols // side, side)
-        blocks = x.reshape(*grid, channels).swapaxes(2, 3)
-        blocks = blocks.reshape(-1, side * side, channels)
+        blocks = to_blocks(x, side)
         linear = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
         query, key = (
             project_heads(
@@ -392,7 +448,5 @@ class AttentionStem(nn.Module):
         value = SpatialValues(
             self.features, side, self.num_mixtures, head_dim, name='value', **linear
         )(blocks)
-        value = value.reshape(query.shape)
-        out = dot_product_attention(unscaled(query), key, value)
-        out = out.reshape(batch, grid[1], grid[3], side, side, self.features)
-        return out.swapaxes(2, 3).reshape(*x.shape[:3], self.features)
+        out = dot_product_attention(unscaled(query), key, value.reshape(key.shape))
+        return from_blocks(out.reshape(value.shape), side, grid)
