@@ -89,3 +89,14 @@ def test_a_group_norm_counts_as_one_call():
         variables, x, capture_intermediates=True, mutable='intermediates'
     )
     assert len(seen['intermediates']['__call__']) == 1
+
+
+def test_layer_norm_bears_an_outlier_in_its_first_feature():
+    x = np.random.default_rng(0).normal(size=(3, 211))
+    x[:, 0] = 1e6
+    x = np.float64(np.float32(x))
+    module = layer_norm()
+    out = module.apply(module.init(jax.random.key(0), x), jnp.float32(x))
+    centred = x - x.mean(axis=-1, keepdims=True)
+    expected = centred / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(out, expected, rtol=1e-4)
