@@ -12,6 +12,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.layers.attention import MultiHeadAttention
+from vit_jax.layers.blocks import EncoderBlock
 from vit_jax.layers.patch import PatchEmbed
 from vit_jax.maps import attention_maps, non_locality, rollout
 from vit_jax.models import build_model
@@ -78,6 +79,59 @@ def loops(name, params, image):
         weights.append(block_weights(block, x, grid))
         x = reference.encoder_block(block, x, attend or reference.multi_head_attention)
     return weights
+
+
+class Shared(nn.Module):
+    """Two encoder blocks, each called twice, in turn; then their parent attends."""
+
+    scanned: bool = False
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        x = PatchEmbed(D, PATCH, name='patches')(image).reshape(len(image), -1, D)
+        attention = partial(MultiHeadAttention, num_heads=N)
+        blocks = [EncoderBlock(attention, mlp_dim=13, name=name) for name in 'ab']
+        for block in (blocks * 2)[: 4 if not self.scanned else 0]:
+            x = block(x, train=train)
+        if self.scanned:
+            repeat = nn.scan(
+                lambda block, x, _: (block(x), None),
+                variable_axes={'params': 0, 'intermediates': 0},
+                split_rngs={'params': True},
+                length=3,
+            )
+            x, _ = repeat(blocks[0], x, None)
+        return x.mean(axis=1)
+
+
+def test_a_module_that_is_called_again_makes_another_layer():
+    """In the order of the calls a, b, a, b, not a, a, b, b."""
+    model = Shared()
+    params, image = make_inputs(model)
+    maps = run(model, params, image)
+    assert [layer.name for layer in maps.layers] == ['a', 'b', 'a#2', 'b#2']
+    params = reference.float64(params)
+    x = reference.patch_embed(params['patches']['embed'], image, PATCH)
+    x, flow = x.reshape(B, T, D), np.eye(T)
+    for layer, name in zip(maps.layers, 'abab', strict=True):
+        expected = block_weights(params[name], x, None)
+        reference.assert_close(layer.weights, expected, 5e-5)
+        flow = (expected.mean(axis=1) + np.eye(T)) / 2 @ flow
+        x = reference.encoder_block(params[name], x)
+    reference.assert_close(maps.rollout.weights[:, 0], flow, 5e-5)
+
+
+def test_rematerialised_layers_are_counted_once():
+    """A transformation may trace a module more than once for one call."""
+
+    class Remat(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            again = nn.remat(Sow)((4, 5), (4, 5), name='again')
+            return again(again(Sow((4, 5), (2, 3), name='once')(x))).mean(axis=(1, 2))
+
+    maps = run(Remat(), {}, np.ones((B, 4, 4, 1), np.float32))
+    assert [layer.name for layer in maps.layers] == ['once', 'again', 'again#2']
 
 
 def distance_loops(weights):
@@ -273,7 +327,7 @@ class Sow(nn.Module):
     key_grid: tuple
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, *, train=False):
         weights = random_weights(0, len(x), 3, *self.grid, *self.key_grid)
         self.sow('intermediates', 'attention_weights', jnp.asarray(weights))
         return x
@@ -291,7 +345,7 @@ def test_layers_of_cnns_lie_on_grids_of_their_own():
     """In the order of the forward pass; a module called twice makes two layers."""
     image = np.ones((B, 4, 4, 1), np.float32)
     maps = run(ConvNet(), {}, image)
-    assert [layer.name for layer in maps.layers] == ['zeta', 'alpha', 'alpha']
+    assert [layer.name for layer in maps.layers] == ['zeta', 'alpha', 'alpha#2']
     grids = [((4, 5), (4, 5)), ((4, 6), (2, 3)), ((4, 6), (2, 3))]
     for layer, (grid, keys) in zip(maps.layers, grids):
         assert (layer.grid, layer.key_grid, layer.num_prefix) == (grid, keys, 0)
@@ -324,6 +378,27 @@ def test_models_that_convolve_and_attend(name, grids, prefix):
     assert (maps.rollout is None) == (prefix == 0)
 
 
+def test_hybrids_run_under_jit():
+    """As the docstring says: jitted with the model static."""
+    model = build_model(
+        'R26+ViT-S/32',
+        V,
+        width=8,
+        depth=1,
+        mlp_dim=8,
+        num_heads=2,
+        stem_kwargs={'stage_sizes': (1, 1, 1, 1), 'width': 32},
+    )
+    image = np.ones((1, 32, 64, 3), np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    mapped = jax.jit(attention_maps, static_argnums=0)
+    maps = mapped(model, variables, image)
+    (layer,) = maps.layers
+    assert layer.grid_weights.shape == (1, 2, 1, 2, 1, 2)
+    reference.assert_close(layer.weights.sum(axis=-1), np.ones((1, 2, 3)))
+    reference.assert_close(maps.logits, jax.jit(model.apply)(variables, image))
+
+
 class Tokens(nn.Module):
     """Attention among tokens that come from elsewhere, or not all from patches."""
 
@@ -353,6 +428,14 @@ class Tokens(nn.Module):
             'the tokens lie',
         ),
         (Tokens(embeds=2), 'Tokens has 2 PatchEmbed modules'),
+        (
+            Shared(scanned=True),
+            r'the weights of a have rank 5; maps need \[B, N, T, S\], or \[B, N, '
+            r'\*grid, \*key_grid\] in a CNN, of one layer: not the stacked layers of '
+            r'nn.scan\b',
+        ),
+        (Sow((3,), ()), 'the weights of Sow have rank 3; maps need'),
+        (Sow((), ()), 'the weights of Sow have rank 2; maps need'),
         (
             Tokens(embeds=1, keys=7),
             'attention attends from 6 to 7 tokens; maps need attention among the 2x3 '

@@ -51,14 +51,14 @@ def test_the_image_stays_as_it_is(channels):
 
 
 def test_the_brightest_cell_is_where_the_attention_is():
-    """Of every head, also over an image that is brightest elsewhere."""
+    """Of every head, also of an image that is brightest elsewhere."""
     planted = [(0, 4), (2, 1), (1, 3)]
     maps = np.full((3, *GRID), 0.02)
     for heat, (cell, weight) in zip(maps, zip(planted, (0.9, 0.5, 0.3))):
         heat[cell] = weight
     pixels = np.zeros((*SIZE, 1), np.uint8)
     pixels[4, 2] = 255
-    figure = draw_sheet(pixels, maps, 'title', 'seven')
+    figure = draw_sheet(pixels, maps, 'title')
     picture = read_back(figure)
     image, *heads, mean, _ = figure.axes
     assert brightest(cells(figure, picture, image, SIZE)) == (4, 2)
@@ -73,7 +73,7 @@ def test_the_brightest_cell_is_where_the_attention_is():
     assert green[0] > green[1] > green[2]
     titles = [axes.get_title() for axes in figure.axes[:-1]]
     assert titles == [
-        'seven',
+        'image',
         'head 0, max 0.9',
         'head 1, max 0.5',
         'head 2, max 0.3',
@@ -97,6 +97,96 @@ def test_the_query_has_a_frame():
             assert [tuple(cell) for cell in np.argwhere(red > 0.3)] == framed
 
 
+def test_each_weight_has_the_colour_of_the_scale():
+    """Whatever the image below it: the smallest dark, half of the largest green."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+    maps = 3e-5 * rng.random((2, *GRID))
+    maps[0, 1, 2], maps[1, 2, 0], maps[1, 0, 3] = 4e-5, 2e-5, 0.0
+    figure = draw_sheet(pixels, maps, 'title')
+    picture = read_back(figure)
+    _, *heads, _, scale = figure.axes
+    bar = cells(figure, picture, scale, (1, 101))[0]
+    for axes, heat in zip(heads, maps, strict=True):
+        found = cells(figure, picture, axes, GRID)
+        expected = bar[
+            np.rint(100 * heat / 4e-5).clip(1, 99).astype(int)
+        ]  # not its edge
+        np.testing.assert_allclose(found, expected, atol=0.04)
+    ticks = [label.get_text() for label in scale.get_xticklabels()]
+    assert ticks == ['0', '2e−05', '4e−05']  # the minus sign of print
+
+
+def assert_text_is_whole(figure):
+    """Each text lies inside of the figure, and apart from the others."""
+    figure.canvas.draw()
+    texts = [*figure.texts, *(axes.title for axes in figure.axes)]
+    for axes in figure.axes:
+        if axes.axison:
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = axis.get_view_interval()
+                ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels())
+                texts += [label for place, label in ticks if low <= place <= high]
+                texts += [axis.label, axis.get_offset_text()]
+        if axes.get_legend():
+            texts += axes.get_legend().get_texts()
+    texts = [text for text in texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in texts]
+    for i, box in enumerate(boxes):
+        inside = box.x0 >= 0 <= box.y0
+        inside &= box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert inside, texts[i]
+        others = [text for text, other in zip(texts, boxes[:i]) if box.overlaps(other)]
+        assert not others, (texts[i], others)
+    return [text.get_text() for text in texts]
+
+
+def test_no_attention_at_all_can_be_drawn():
+    figure = draw_sheet(np.zeros((*SIZE, 1), np.uint8), np.zeros((1, *GRID)), 'title')
+    assert {'max 0', '0', '1'} <= set(assert_text_is_whole(figure))
+
+
+LONG = 'a class that has a very long name, and costs $5, or $7, ' * 2
+
+
+@pytest.mark.parametrize('size', [(9, 4), (4, 9), (64, 3), (3, 64)])
+@pytest.mark.parametrize('heads', [1, 2, 16])
+@pytest.mark.parametrize('title', ['title', f'seven, block00\npredicted: {LONG}'])
+@pytest.mark.parametrize('weight', [0.99, 1.234e-5])
+def test_text_of_a_sheet_is_whole(size, heads, title, weight):
+    maps = np.full((heads, 3, 2), weight)
+    figure = draw_sheet(np.zeros((*size, 1), np.uint8), maps, title)
+    assert title in assert_text_is_whole(figure)
+    assert not figure.texts[0].get_parse_math()  # between dollars
+    panels = [axes.get_window_extent() for axes in figure.axes[:-1]]
+    titles = [axes.title.get_window_extent() for axes in figure.axes[:-1]]
+    assert not any(a.overlaps(b) for a in titles for b in panels)
+
+
+@pytest.mark.parametrize('layers', [1, 2, 24])
+@pytest.mark.parametrize('name', ['a', 'stage4_block1/conv2', 'a_long_name_' * 5])
+def test_text_of_non_locality_is_whole(layers, name):
+    grids = [(5, 7) if i < 3 else (112, 112) for i in range(layers)]
+    names = [f'{name}#{i}' for i in range(layers)]
+    figure = draw_non_locality(names, [np.array([1e3, 2e3])] * layers, grids)
+    found = assert_text_is_whole(figure)
+    assert {*names, '5x7'} <= set(found)
+    plot, legend = figure.axes[0], figure.axes[0].get_legend()
+    assert not plot.get_window_extent().overlaps(legend.get_window_extent())
+
+
+@pytest.mark.parametrize(
+    ('heads', 'rows', 'columns'), [(1, 1, 2), (2, 2, 3), (9, 3, 4), (16, 4, 5)]
+)
+def test_a_sheet_has_rows_and_columns(heads, rows, columns):
+    pixels = np.zeros((*SIZE, 1), np.uint8)
+    figure = draw_sheet(pixels, np.ones((heads, *GRID)), 'title')
+    boxes = [axes.get_window_extent() for axes in figure.axes[:-1]]
+    assert len({round(box.y0) for box in boxes}) == rows
+    assert len({round(box.x0) for box in boxes}) == columns
+    assert boxes == sorted(boxes, key=lambda box: (-round(box.y0), box.x0))
+
+
 @pytest.mark.parametrize('heads', [1, 2, 3, 9, 16])
 def test_panels_do_not_overlap(heads):
     pixels = np.zeros((*SIZE, 1), np.uint8)
@@ -108,17 +198,28 @@ def test_panels_do_not_overlap(heads):
         assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
         assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
     *panels, scale = boxes
-    assert 0 < scale.x0 - max(box.x1 for box in panels) < 0.2 * figure.dpi
+    assert 0 < min(box.y0 for box in panels) - scale.y1 < 0.2 * figure.dpi
 
 
-def test_non_locality_has_a_dot_per_head_and_a_line_of_means():
-    values = [np.array([1.0, 3.0]), np.array([0.5, 0.25, 3.0])]
-    (axes,) = draw_non_locality(['a', 'b'], values).axes
-    *dots, line = axes.get_lines()
-    for i, (heads, expected) in enumerate(zip(dots, values, strict=True)):
-        np.testing.assert_allclose(heads.get_xdata(), i)
-        np.testing.assert_allclose(heads.get_ydata(), expected)
-    np.testing.assert_allclose(line.get_ydata(), [2.0, 1.25])
-    assert [label.get_text() for label in axes.get_xticklabels()] == ['a', 'b']
+def test_non_locality_has_a_dot_per_head_and_a_line_of_means_per_grid():
+    values = [np.array([1.0, 3.0]), np.array([2.0]), np.array([0.5, 0.25, 3.0])]
+    figure = draw_non_locality(['a', 'b', 'c'], values, [(3, 5), (2, 2), (3, 5)])
+    (axes,) = figure.axes
+    drawn = [(list(line.get_xdata()), line) for line in axes.get_lines()]
+    expected = [
+        ([0, 0], [1.0, 3.0]),
+        ([2, 2, 2], [0.5, 0.25, 3.0]),
+        ([0, 2], [2.0, 1.25]),
+        ([1], [2.0]),
+        ([1], [2.0]),
+    ]
+    assert [xs for xs, _ in drawn] == [xs for xs, _ in expected]
+    for (_, line), (_, ys) in zip(drawn, expected):
+        np.testing.assert_allclose(line.get_ydata(), ys)
+    first, second = drawn[0][1].get_color(), drawn[-1][1].get_color()
+    assert first != second
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ['3x5', '2x2']
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['a', 'b', 'c']
     assert axes.get_ylim()[0] == 0
     assert axes.get_ylim()[1] > 3

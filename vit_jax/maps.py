@@ -6,6 +6,7 @@ summed up: attention rollout, and the non-locality of ConViT.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -31,7 +32,8 @@ class LayerMaps:
     Attributes:
       weights: `[B, N, P + T, P + S]` float32, from queries to keys.
       gates: `[N]`, the share of position in GPSA; None in other layers.
-      name: path of the module without a last 'attention', such as 'block00'.
+      name: path of the module without a last 'attention', such as 'block00'; its
+        second call is 'block00#2'.
       grid: lengths of the grid of queries, one to three; their product is T.
       key_grid: of the keys; their product is S.
     """
@@ -71,8 +73,8 @@ class AttentionMaps:
 
     Attributes:
       logits: what the model returned, `[B, V]`.
-      layers: the self-attention layers in the order of the forward pass; a module
-        that is called twice makes two.
+      layers: the self-attention layers in the order of the calls, with distinct
+        names: a module that is called twice makes two.
       rollout: attention through all layers, see `rollout`, as a layer of one head;
         None where layers attend over other grids than that of the patches.
       pool: `[B, N, *grid]`, where the query of pool='map' attends; else None.
@@ -95,6 +97,10 @@ def attention_maps(
     224x224 that is 17 MB an image, for eight heads on 56x56 pixels of a CNN 315 MB a
     layer. Take few images at a time.
 
+    Tokens beside the patches are taken to come before them: tokens that a model
+    appends cannot be told from these. The attention stem of SASA-ResNet-50 is not
+    shown, as its weights are not sown.
+
     Args:
       model: an unbound module that is called as `model(images, train=False)`.
       variables: its variables.
@@ -105,7 +111,8 @@ def attention_maps(
 
     Raises:
       UserError: when no module of the model sows attention weights, or they are not
-        between the tokens of one `PatchEmbed`; and what the model itself raises.
+        between the tokens of one `PatchEmbed`, or stacked, as by `nn.scan`; and what
+        the model itself raises.
 
     >>> import jax
     >>> from vit_jax.models import build_model
@@ -122,10 +129,14 @@ def attention_maps(
     >>> maps.rollout.weights.shape
     (3, 1, 11, 11)
     """
-    order: dict[tuple[str, ...], nn.Module] = {}  # as the forward pass meets them
+    modules: dict[tuple[str, ...], nn.Module] = {}
+    order: dict[tuple[tuple[str, ...], int], None] = {}  # (path, call) as they end
 
     def capture(module: nn.Module, method: str) -> bool:
-        order.setdefault(module.path, module)
+        modules[module.path] = module
+        # By what is sown so far: a transformation may trace a call more than once.
+        so_far = module.get_variable('intermediates', 'attention_weights', ())
+        order.update({(module.path, call): None for call in range(len(so_far))})
         return isinstance(module, PatchEmbed)  # its output shows the grid
 
     logits, state = model.apply(
@@ -137,10 +148,10 @@ def attention_maps(
     )
     sown = flatten_dict(dict(state).get('intermediates', {}))
     found = []
-    for path in order:
-        each = sown.get((*path, 'attention_weights'), ())
-        gates = sown.get((*path, 'gates'), [None] * len(each))
-        found += [(path, *both) for both in zip(each, gates)]
+    for path, call in order:
+        weights = sown[*path, 'attention_weights'][call]
+        gates = sown.get((*path, 'gates'))
+        found.append((path, weights, gates[call] if gates else None))
     if not found:
         raise UserError(
             f'{type(model).__name__} has no attention to map: none of its modules '
@@ -156,12 +167,16 @@ def attention_maps(
     grid: Shape = patches[0].shape[1:-1] if of_tokens else ()
 
     layers, pool, through = [], None, None
+    calls: Counter[str] = Counter()
     for path, weights, gates in found:
-        if isinstance(order.get(path[:-1]), AttentionPool):
+        if isinstance(modules.get(path[:-1]), AttentionPool):
             cells = weights[:, :, 0, -math.prod(grid) :]
             pool = cells.reshape(*cells.shape[:2], *grid)
         else:
-            name = '/'.join(path).removesuffix('/attention')
+            name = '/'.join(path or [type(model).__name__]).removesuffix('/attention')
+            calls[name] += 1
+            if calls[name] > 1:
+                name += f'#{calls[name]}'
             layers.append(_lay_out(weights, gates, name, grid))
     if layers and all(layer.grid == layer.key_grid == grid for layer in layers):
         weights = rollout([layer.weights for layer in layers])[:, None]
@@ -181,7 +196,13 @@ def _lay_out(
                 f'among the {times(patches)} patches and the tokens before them'
             )
         return LayerMaps(weights, gates, name, patches, patches)
-    axes = weights.ndim // 2 - 1
+    axes, odd = divmod(weights.ndim - 2, 2)
+    if odd or not axes:
+        raise UserError(
+            f'the weights of {name} have rank {weights.ndim}; maps need [B, N, T, S], '
+            'or [B, N, *grid, *key_grid] in a CNN, of one layer: not the stacked '
+            'layers of nn.scan'
+        )
     grid, key_grid = weights.shape[2 : 2 + axes], weights.shape[2 + axes :]
     flat = weights.reshape(*weights.shape[:2], math.prod(grid), math.prod(key_grid))
     return LayerMaps(flat, gates, name, grid, key_grid)

@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
+from vit_jax.errors import times
 from vit_jax.typing import Shape
 
 # Inches: the longer side of a panel, and what lies around panels.
-_PANEL, _STRIP, _GAP, _MARGIN = 1.9, 0.25, 0.1, 0.55
+_PANEL, _STRIP, _GAP = 1.9, 0.25, 0.1
+_SCALE = 2.0, 0.5  # with its numbers
 _DPI = 120
 
 
@@ -34,11 +36,10 @@ def draw_sheet(
     pixels: np.ndarray,
     maps: np.ndarray,
     title: str,
-    image_title: str = '',
     cell: Shape | None = None,
     grid: Shape | None = None,
 ) -> Figure:
-    """A contact sheet: the image, each head's map over it, and the heads' mean.
+    """A contact sheet: the image, beside it each head's map, and the heads' mean.
 
     The heat maps share one colour scale, from 0 to the largest weight of a head, so
     that panels can be compared; each panel's own largest weight stands above it.
@@ -46,8 +47,7 @@ def draw_sheet(
     Args:
       pixels: uint8 `[h, w, c]`, c = 1 or 3.
       maps: `[N, R, C]`, weights of the keys, which together cover the image.
-      title: of the sheet.
-      image_title: of the image's panel.
+      title: of the sheet, one line or more.
       cell: (row, column) of the query that attends, which gets a frame, or None.
       grid: (rows, columns) of the queries, where there is a `cell`.
     """
@@ -56,60 +56,88 @@ def draw_sheet(
         panels.append(('mean, ', maps.mean(axis=0)))
     else:
         panels = [('', maps[0])]
-    columns = _columns(1 + len(panels))
-    rows = -(-(1 + len(panels)) // columns)
-    # A strip for the title and above each panel; a margin for the colour scale.
+    texts = ['image', *(f'{name}max {heat.max():.2g}' for name, heat in panels)]
+    columns = _columns(len(texts))
+    rows = -(-len(texts) // columns)
+    # Panels of narrow images stand apart, as far as the text above them needs.
     width, height = _panel_size(pixels)
-    total_width = columns * (width + _GAP) + _GAP + _MARGIN
-    total_height = _STRIP + rows * (height + _STRIP) + _GAP
+    pitch = _GAP + max(width, *(_text_size(text, 8)[0] for text in texts))
+    title_width, title_height = _text_size(title, 9)
+    total_width = 2 * _GAP + max(columns * pitch, title_width, _SCALE[0])
+    total_height = 2 * _GAP + title_height + rows * (height + _STRIP) + _SCALE[1]
     figure = _make_figure(total_width, total_height)
-    corner = _GAP / total_width, 1 - _GAP / total_height
-    figure.suptitle(title, x=corner[0], y=corner[1], ha='left', va='top', size=9)
+    _add_title(figure, title)
 
     def add_axes(left: float, top: float, width: float, height: float) -> Axes:
         """Axes at a place given in inches, from the top left."""
         place = (left, total_height - top - height, width, height)
         return figure.add_axes(tuple(np.divide(place, 2 * (total_width, total_height))))
 
-    def add_panel(i: int, text: str) -> Axes:
+    def add_panel(i: int) -> Axes:
         row, column = divmod(i, columns)
-        left, top = _GAP + column * (width + _GAP), (1 + row) * _STRIP + row * height
-        axes = add_axes(left, top + _STRIP, width, height)
-        axes.set_title(text, size=8, pad=3)
+        left = _GAP + column * pitch + (pitch - width) / 2
+        top = _GAP + title_height + row * (height + _STRIP) + _STRIP
+        axes = add_axes(left, top, width, height)
+        axes.set_title(texts[i], size=8, pad=3)
         return axes
 
-    axes = add_panel(0, image_title)
-    _show_image(axes, pixels)
+    top_weight = maps.max() or 1.0
+    all_axes = [add_panel(i) for i in range(len(texts))]
+    _show_image(all_axes[0], pixels)
+    for axes, (_, heat) in zip(all_axes[1:], panels):
+        heat_image = _show_heat(axes, pixels, heat, top_weight)
     if cell is not None and grid is not None:
-        _frame(axes, pixels, cell, grid)
-    for i, (name, heat) in enumerate(panels):
-        axes = add_panel(1 + i, f'{name}max {heat.max():.2g}')
-        heat_image = _show_heat(axes, pixels, heat, maps.max())
-        if cell is not None and grid is not None:
+        for axes in all_axes:
             _frame(axes, pixels, cell, grid)
-    left = total_width - _MARGIN
-    bar = figure.colorbar(heat_image, cax=add_axes(left, 2 * _STRIP, 0.12, height))
+    # The scale is as long as three numbers need, whatever the image's proportions.
+    place = add_axes(3 * _GAP, total_height - _SCALE[1], _SCALE[0] - 0.5, 0.12)
+    bar = figure.colorbar(
+        heat_image,
+        cax=place,
+        orientation='horizontal',
+        ticks=[0, top_weight / 2, top_weight],
+        format='{x:.2g}',
+    )
     bar.ax.tick_params(labelsize=7)
     return figure
 
 
-def draw_non_locality(names: Sequence[str], values: Sequence[np.ndarray]) -> Figure:
+def draw_non_locality(
+    names: Sequence[str], values: Sequence[np.ndarray], grids: Sequence[Shape]
+) -> Figure:
     """How far each layer looks: a dot per head, a line through the means.
+
+    A cell is another length on another grid, so each grid has a line of its own.
 
     Args:
       names: of the layers, in their order.
       values: `[N]` per layer, in cells of its grid; N may differ.
+      grids: of the layers' queries.
     """
-    figure = _make_figure(max(4.0, 0.45 * len(names) + 1.5), 3.2)
-    axes = figure.add_axes((0.13, 0.27, 0.84, 0.62))
-    for i, heads in enumerate(values):
-        axes.plot([i] * len(heads), heads, 'o', color='0.75', ms=5)
-    axes.plot([heads.mean() for heads in values], '.-', color='C0', ms=4)
-    axes.set_ylim(0, 1.05 * max(map(np.max, values)))
-    axes.set_xticks(range(len(names)), names, rotation=45, ha='right', size=7)
+    title = "non-locality: mean distance of attention, in cells of the layer's grid"
+    below = 0.2 + max(_text_size(name, 7)[0] for name in names)
+    beside = 0.8 + max(_text_size(times(grid), 7)[0] for grid in grids)
+    plot_width = 0.3 * (len(names) + 1)
+    total_width = max(0.6 + plot_width + beside, 2 * _GAP + _text_size(title, 9)[0])
+    plot_width, plot_height = total_width - 0.6 - beside, 2.2
+    total_height = 0.4 + plot_height + below
+    figure = _make_figure(total_width, total_height)
+    _add_title(figure, title)
+    place = (0.6, below, plot_width, plot_height)
+    axes = figure.add_axes(tuple(np.divide(place, 2 * (total_width, total_height))))
+    for i, grid in enumerate(dict.fromkeys(grids)):
+        layers = [layer for layer, other in enumerate(grids) if other == grid]
+        for layer in layers:
+            heads = values[layer]
+            axes.plot([layer] * len(heads), heads, 'o', color=f'C{i}', alpha=0.3, ms=5)
+        means = [values[layer].mean() for layer in layers]
+        axes.plot(layers, means, '.-', color=f'C{i}', ms=4, label=times(grid))
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(0, 1.05 * max(map(np.max, values)) or 1.0)
+    axes.set_xticks(range(len(names)), names, rotation=90, size=7)
     axes.tick_params(axis='y', labelsize=7)
-    axes.set_ylabel('cells', size=8)
-    axes.set_title('non-locality: mean distance of attention (dots: heads)', size=9)
+    axes.set_ylabel('cells (dots: heads)', size=8)
+    axes.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=7, frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
     return figure
 
@@ -118,6 +146,19 @@ def _make_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=_DPI)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _text_size(text: str, size: float) -> tuple[float, float]:
+    """(width, height) in inches."""
+    drawn = _make_figure(1, 1).text(0, 0, text, size=size, parse_math=False)
+    box = drawn.get_window_extent()
+    return box.width / _DPI, box.height / _DPI
+
+
+def _add_title(figure: Figure, title: str) -> None:
+    """At the top left; a class named '$5' is no formula."""
+    x, y = 1 - _GAP / figure.get_size_inches()
+    figure.text(1 - x, y, title, ha='left', va='top', size=9, parse_math=False)
 
 
 def _panel_size(pixels: np.ndarray) -> tuple[float, float]:
@@ -141,16 +182,14 @@ def _show_image(axes: Axes, pixels: np.ndarray) -> None:
 def _show_heat(
     axes: Axes, pixels: np.ndarray, heat: np.ndarray, top: float
 ) -> AxesImage:
-    """A heat map over the image, which is faint and grey: colour means attention."""
+    """A heat map, opaque: each weight is the colour that the scale gives it."""
     height, width = pixels.shape[:2]
-    faint = 0.25 + 0.5 * pixels.mean(axis=-1, keepdims=True) / 255
-    _show_image(axes, faint)
+    axes.set_axis_off()
     return axes.imshow(
         heat,
         cmap='viridis',
         vmin=0.0,
         vmax=top,
-        alpha=0.7,
         extent=(0, width, height, 0),
         interpolation='nearest',
     )

@@ -1,15 +1,24 @@
 import json
+from functools import partial
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import vit_jax.commands.trained
 import vit_jax.pictures
 from vit_jax.build import build
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.commands.attend import format_gates
+from vit_jax.commands.trained import Trained
 from vit_jax.config import from_dict
+from vit_jax.layers.attention import MultiHeadAttention
+from vit_jax.layers.blocks import EncoderBlock
+from vit_jax.layers.patch import PatchEmbed
+from vit_jax.layers.pooling import AttentionPool
 from vit_jax.maps import attention_maps
 
 pytest_plugins = ['command_fixtures']
@@ -38,9 +47,9 @@ def drawn(monkeypatch):
     calls = []
     draw = vit_jax.pictures.draw_sheet
 
-    def record(pixels, maps, title, image_title, cell, grid):
-        calls.append((title, np.asarray(maps), cell))
-        return draw(pixels, maps, title, image_title, cell, grid)
+    def record(pixels, maps, title, cell, grid):
+        calls.append((title, np.asarray(maps), cell, grid))
+        return draw(pixels, maps, title, cell, grid)
 
     monkeypatch.setattr(vit_jax.pictures, 'draw_sheet', record)
     return calls
@@ -101,7 +110,8 @@ def test_what_is_shown(run, digits, library, drawn, make_image, tmp_path, query)
     argv = ['attend', f'--weights={digits}', image, f'--out={tmp_path}/out']
     assert run(*argv, *([f'--query={query}'] if query else [])).code == 0
     maps = library[1](image)
-    for layer, (title, heat, cell) in zip([*maps.layers, maps.rollout], drawn):
+    predicted = int(np.argmax(maps.logits))
+    for layer, (title, heat, cell, _) in zip([*maps.layers, maps.rollout], drawn):
         weights = np.asarray(layer.weights[0])
         patches = weights[:, -16:, -16:].reshape(-1, *GRID, *GRID)
         if query == 'mean':
@@ -113,7 +123,8 @@ def test_what_is_shown(run, digits, library, drawn, make_image, tmp_path, query)
         else:
             words, place = 'the class token', None
             expected = weights[:, 0, 1:].reshape(-1, *GRID)
-        assert title == f'grey, {layer.name}: where {words} attends'
+        where = f'grey, {layer.name}: where {words} attends'
+        assert title == f'{where}\npredicted: {predicted}'
         assert cell == place
         np.testing.assert_allclose(heat, expected, rtol=1e-4, atol=1e-6)
     assert len(drawn) == 3
@@ -125,29 +136,110 @@ def test_non_locality_is_the_mean_of_the_images(
     calls = []
     draw = vit_jax.pictures.draw_non_locality
 
-    def record(names, values):
-        calls.append((names, values))
-        return draw(names, values)
+    def record(names, values, grids):
+        calls.append((names, values, grids))
+        return draw(names, values, grids)
 
     monkeypatch.setattr(vit_jax.pictures, 'draw_non_locality', record)
     images = [make_image(f'{i}.png', 8, 8, seed=i) for i in range(2)]
     argv = ['attend', f'--weights={digits}', *images, f'--out={tmp_path}/out']
     assert run(*argv, '--layers=block01').code == 0  # the curve is of all layers
-    ((names, values),) = calls
+    ((names, values, grids),) = calls
     assert names == ['block00', 'block01']
+    assert grids == [GRID, GRID]
     first, second = (library[1](image).layers for image in images)
     for value, one, other in zip(values, first, second, strict=True):
         expected = np.mean([one.non_locality[0], other.non_locality[0]], axis=0)
         np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_some_layers(run, digits, make_image, tmp_path):
+@pytest.mark.parametrize(
+    ('layers', 'files'),
+    [
+        ('block01', {'block01.png'}),
+        ('rollout,block00,', {'block00.png', 'rollout.png'}),
+    ],
+)
+def test_some_layers(run, digits, make_image, tmp_path, layers, files):
     image = make_image('grey.png', 8, 8)
     out = tmp_path / 'out'
-    argv = ['attend', f'--weights={digits}', image, f'--out={out}', '--layers=block01']
-    assert run(*argv).code == 0
+    argv = ['attend', f'--weights={digits}', image, f'--out={out}']
+    assert run(*argv, f'--layers={layers}').code == 0
     names = {path.name for path in (out / 'grey').iterdir()}
-    assert names == {'image.png', 'block01.png', 'rollout.png'}
+    assert names == {'image.png'} | files
+
+
+@pytest.mark.parametrize(
+    ('layers', 'message'),
+    [
+        ('block02', "unknown layer 'block02'; did you mean 'block01'?"),
+        ('pool', "unknown layer 'pool'; "),
+        ('', "unknown layer ''; choose one of: block00, block01, rollout"),
+        ('block00,,block01', "unknown layer ''; "),
+    ],
+)
+def test_layers_that_are_not_there(run, digits, make_image, tmp_path, layers, message):
+    image = make_image('grey.png', 8, 8)
+    argv = ['attend', f'--weights={digits}', image, f'--out={tmp_path}/out']
+    code, _, err = run(*argv, f'--layers={layers}')
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f'vit_jax: error: {message}')
+
+
+class Folder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        attention = partial(MultiHeadAttention, num_heads=2)
+        block = EncoderBlock(attention, mlp_dim=8, name='block')
+        return block(block(x))
+
+
+class Twice(nn.Module):
+    """A pooled block, called twice, on a rectangular grid; the logits are planted."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = PatchEmbed(8, (2, 3), name='patches')(x).reshape(len(x), -1, 8)
+        x = Folder(name='folder')(x)
+        x = AttentionPool(num_heads=2, mlp_dim=8, name='pool')(x)
+        return 0 * x[:, :3] + jnp.asarray([0.0, 1.0, 2.0])
+
+
+@pytest.fixture
+def twice(monkeypatch):
+    """Makes the command load a model of 4x9 patches, with classes of its own."""
+    model, pixels = Twice(), np.full((8, 27, 3), 99, np.uint8)
+    variables = jax.jit(model.init)(jax.random.key(0), pixels[None] / 255)
+    found = Trained(model, variables, lambda x: x / 255, ['zero', 'one', 'two'])
+    monkeypatch.setattr(vit_jax.commands.trained, 'load', lambda _: (found, [pixels]))
+
+
+def test_of_a_rectangle(run, twice, drawn, tmp_path):
+    """All calls of a layer, the pooling query, the frame's grid, and the class."""
+    assert run('attend', '--weights=w', 'a.png', f'--out={tmp_path}').code == 0
+    names = {path.name for path in (tmp_path / 'a').iterdir()}
+    sheets = ['folder-block', 'folder-block#2', 'rollout', 'pool']
+    assert names == {f'{name}.png' for name in ['image', *sheets]}
+    for title, heat, cell, grid in drawn:
+        assert title.endswith('predicted: two')
+        assert heat.shape[1:] == grid == (4, 9)
+        assert cell == (None if 'pooling query' in title else (2, 4))
+
+
+@pytest.mark.parametrize('layer', ['folder/block#2', 'folder-block#2', 'pool'])
+def test_layers_go_by_the_names_of_their_files_too(run, twice, tmp_path, layer):
+    argv = ['attend', '--weights=w', 'a.png', f'--out={tmp_path}', f'--layers={layer}']
+    assert run(*argv).code == 0
+    names = {path.name for path in (tmp_path / 'a').iterdir()}
+    assert names == {'image.png', f'{layer.replace("/", "-")}.png'}
+
+
+def test_the_last_cell_of_a_rectangle(run, fails, twice, drawn, tmp_path):
+    argv = ['attend', '--weights=w', 'a.png', f'--out={tmp_path}', '--layers=rollout']
+    assert run(*argv, '--query=3,8').code == 0
+    assert drawn[0][2] == (3, 8)
+    line = fails(*argv, '--query=4,3')
+    assert line.startswith('--query=4,3 is outside of the 4x9 grid of rollout')
 
 
 def test_outputs_are_written_again_and_the_workdir_is_not(

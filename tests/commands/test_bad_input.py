@@ -327,7 +327,7 @@ def test_queries_that_are_none(fails, query):
         ),
         (['--query=4,1', '--layers=block01'], '--query=4,1 is outside of the 4x4 grid'),
         (['--layers=block1'], "unknown layer 'block1'; did you mean 'block01'?"),
-        (['--layers=block00,'], "unknown layer ''; choose one of: block00, block01"),
+        (['--layers=block00,,'], "unknown layer ''; choose one of: block00, block01"),
     ],
 )
 def test_maps_that_are_not_there(fails, digits, make_image, tmp_path, argv, message):

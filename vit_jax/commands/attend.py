@@ -23,12 +23,14 @@ In DIR a folder per image holds
   rollout.png        attention through all layers (arXiv 2005.00928); patch models
   pool.png           where the query of pool='map' attends
 and beside these folders lie
-  non_locality.png   how far each layer looks (arXiv 2103.10697), mean of the images
+  non_locality.png   how far each layer looks (arXiv 2103.10697), mean of the images,
+                     in cells of its grid: a line per grid
   gates.txt          the share of position in each head of the GPSA layers
 
 Shown is what the class token attends to; in a layer without one, what the centre
 patch does (framed). --query=ROW,COLUMN shows what that patch attends to in every
-layer, from 0,0 at the top left; --query=mean the mean over all patches.
+layer, from 0,0 at the top left; --query=mean the mean over all patches. A module
+that is called again is a layer again, such as block00#2.
 
   vit_jax attend --weights=/tmp/digits seven.png --out=/tmp/maps
   vit_jax attend --weights=/tmp/digits seven.png --out=/tmp/maps --layers=block03
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     )
     trained.add_arguments(parser)
     parser.add_argument('--out', required=True, metavar='DIR', help='made if need be')
-    parser.add_argument('--layers', help='such as block00,block03; default all')
+    parser.add_argument('--layers', help='such as block00,rollout; default all')
     parser.add_argument('--query', help="ROW,COLUMN of a patch, or 'mean'")
     args = options.parse_strict(parser, argv)
     query = _parse_query(args.query)
@@ -107,26 +109,35 @@ def _folders(images: Sequence[str]) -> list[str]:
 
 def _views(maps: 'AttentionMaps', chosen: str | None, query: Query) -> dict[str, View]:
     """What there is to draw of one image, by name."""
-    layers = {layer.name: layer for layer in maps.layers}
-    names = chosen.split(',') if chosen else list(layers)
-    for name in names:
-        if name not in layers:
-            raise unknown('layer', name, layers)
-    views = {name: _view(layers[name], query) for name in names}
+    found: dict[str, LayerMaps | Array] = {layer.name: layer for layer in maps.layers}
     if maps.rollout is not None:
-        views['rollout'] = _view(maps.rollout, query)
+        found['rollout'] = maps.rollout
     if maps.pool is not None:
-        pooled = maps.pool[0]
-        views['pool'] = View(pooled, 'the pooling query', None, pooled.shape[1:])
-    return views
+        found['pool'] = maps.pool[0]
+    names = list(found)
+    if chosen is not None:
+        by_file = {_file_name(name): name for name in found}
+        names = [
+            by_file.get(name, name) for name in chosen.removesuffix(',').split(',')
+        ]
+    for name in names:
+        if name not in found:
+            raise unknown('layer', name, found)
+    return {name: _view(found[name], query) for name in names}
 
 
-def _view(layer: 'LayerMaps', query: Query) -> View:
-    """Where the query attends in a layer.
+def _file_name(layer: str) -> str:
+    return layer.replace('/', '-')
+
+
+def _view(layer: 'LayerMaps | Array', query: Query) -> View:
+    """Where the query attends in a layer, or the pooling query, `[N, R, C]`.
 
     Raises:
       UserError: for a query outside of the grid.
     """
+    if isinstance(layer, (np.ndarray, Array)):
+        return View(layer, 'the pooling query', None, layer.shape[1:])
     rows, columns = layer.grid
     if query is None and layer.num_prefix:
         return View(layer.prefix_weights[0, :, 0], 'the class token', None, layer.grid)
@@ -151,10 +162,10 @@ def _write_image(
 
     _save(folder / 'image.png', draw_image(pixels))
     for name, view in views.items():
-        title = f'{folder.name}, {name}: where {view.query} attends'
+        title = f'{folder.name}, {name}: where {view.query} attends\n{predicted}'
         heat = np.asarray(view.maps)
-        figure = draw_sheet(pixels, heat, title, predicted, view.cell, view.grid)
-        _save(folder / f'{name.replace("/", "-")}.png', figure)
+        figure = draw_sheet(pixels, heat, title, view.cell, view.grid)
+        _save(folder / f'{_file_name(name)}.png', figure)
 
 
 def _write_layers(
@@ -164,7 +175,8 @@ def _write_layers(
     from vit_jax.pictures import draw_non_locality
 
     names = [layer.name for layer in layers]
-    _save(out / 'non_locality.png', draw_non_locality(names, distances))
+    grids = [layer.grid for layer in layers]
+    _save(out / 'non_locality.png', draw_non_locality(names, distances, grids))
     gates = {layer.name: layer.gates for layer in layers if layer.gates is not None}
     if gates:
         _save(out / 'gates.txt', format_gates(gates))
