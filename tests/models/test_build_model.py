@@ -121,7 +121,7 @@ def test_paths_inside_a_mapping_are_resolved():
         ('CNN', {'widths': (8, 'x')}, r'widths of CNN is like'),
         ('CNN', {'attention_after': (-1,)}, r'is like \(1, 3\); \(-1,\) is not'),
         ('ResNet-50', {'attention_stages': 3}, r'is like \(1, 3\); 3 is not'),
-        (f'{__name__}:make_fork', {}, "make_fork' cannot be made from num_classes: .*'scale'"),
+        (f'{__name__}:make_fork', {}, "cannot be made from num_classes: .*'scale'"),
         ('json:JSONDecoder', {}, "'json:JSONDecoder' cannot be made from"),
         (f'{__name__}:make_dict', {}, 'makes a dict, not a Flax module'),
         ('builtins:dict', {}, "'builtins:dict' cannot be made from"),
