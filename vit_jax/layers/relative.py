@@ -108,6 +108,7 @@ def offset_logits(scores: Array, grid: Grid) -> Array:
     Returns:
       `[N, T, T]`, by query, then key.
 
+    >>> import jax.numpy as jnp
     >>> scores = jnp.arange(3.0).reshape(1, 3, 1)  # of dx = -1, 0, 1
     >>> offset_logits(scores, (1, 2))[0]
     Array([[1., 2.],
