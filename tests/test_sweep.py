@@ -1,9 +1,10 @@
 import json
+import re
 
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.sweep import Cell, percent, run_sweep
+from vit_jax.sweep import Cell, main, percent, run_sweep
 
 CONFIG = 'configs/digits_cnn.py:smoke'
 
@@ -43,6 +44,27 @@ def test_a_cell_with_a_tuple_runs_once(tmp_path):
     (found,) = run_sweep([Cell('a', overrides, 0)], results, tmp_path)  # no such config
     assert percent([found], 'a', dataset__image_size=(8, 18)) == '50.0 (1 seed)'
     assert percent([found], 'a', dataset__image_size=(8, 8)) == 'not run'
+
+
+def test_an_experiment_writes_its_table_or_one_line(tmp_path, capsys):
+    line = {'config': 'a', 'overrides': {}, 'seed': 0, 'accuracy': 0.5}
+    (tmp_path / 'results.jsonl').write_text(json.dumps(line) + '\n')
+
+    def run(*cells):
+        def render(lines):
+            return percent(lines, 'a') + '\n'
+
+        return main(
+            'An experiment.', tmp_path, cells, render, [f'--workdir={tmp_path}']
+        )
+
+    assert run(Cell('a', {}, 0)) == 0
+    assert (tmp_path / 'table.md').read_text() == '50.0 (1 seed)\n'
+    capsys.readouterr()
+    assert run(Cell('configs/digits_none.py', {}, 0)) == 1
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert re.fullmatch(r'\S+: error: .*digits_none.py.*\n', err)
 
 
 def test_half_a_line_is_told(tmp_path):

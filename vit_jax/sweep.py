@@ -6,12 +6,14 @@ not run again, so a sweep goes on where it stopped; who changes a config deletes
 lines.
 """
 
+import argparse
 import json
 import pathlib
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +72,40 @@ def run_sweep(
             with results.open('a') as file:
                 file.write(json.dumps(lines[-1]) + '\n')
     return lines
+
+
+def main(
+    description: str | None,
+    folder: pathlib.Path,
+    cells: Iterable[Cell],
+    render: Callable[[list[dict[str, Any]]], str],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The command line of an experiment: runs its cells, then writes `table.md`.
+
+    Args:
+      description: what `--help` says.
+      folder: of the experiment, for `results.jsonl` and `table.md`.
+      cells: what to run.
+      render: the table of the results.
+      argv: arguments; None for those of the process.
+
+    Returns:
+      The exit code: 1 after an error of the user, which is told in one line.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--workdir', required=True, type=pathlib.Path)
+    args = parser.parse_args(argv)
+    try:
+        table = render(run_sweep(cells, folder / 'results.jsonl', args.workdir))
+    except UserError as error:
+        print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        return 1
+    (folder / 'table.md').write_text(table)
+    print(table)
+    return 0
 
 
 def _read(results: pathlib.Path) -> list[dict[str, Any]]:

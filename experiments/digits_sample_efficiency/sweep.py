@@ -5,11 +5,11 @@
 Runs every cell that `results.jsonl` does not hold yet, then writes `table.md`.
 """
 
-import argparse
 import pathlib
+import sys
 from collections.abc import Iterator
 
-from vit_jax.sweep import Cell, percent, run_sweep
+from vit_jax.sweep import Cell, main, percent
 
 HERE = pathlib.Path(__file__).parent
 MODELS = ('cnn', 'vit', 'convit')
@@ -40,14 +40,5 @@ def render(lines: list[dict]) -> str:
     return '\n'.join(rows) + '\n'
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--workdir', required=True, type=pathlib.Path)
-    args = parser.parse_args()
-    table = render(run_sweep(sweep(), HERE / 'results.jsonl', args.workdir))
-    (HERE / 'table.md').write_text(table)
-    print(table)
-
-
 if __name__ == '__main__':
-    main()
+    sys.exit(main(__doc__, HERE, sweep(), render))

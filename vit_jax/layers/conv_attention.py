@@ -21,9 +21,8 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
-from vit_jax.errors import UserError, times
+from vit_jax.errors import UserError
 from vit_jax.layers.attention import (
     apply_weights,
     attention_weights,
@@ -34,9 +33,8 @@ from vit_jax.layers.attention import (
     resolve_head_dim,
 )
 from vit_jax.layers.conv import Conv, check_feature_map
+from vit_jax.layers.relative import RelativePositions, Tables, relative_logits
 from vit_jax.typing import Array, Dtype, Grid, Initializer
-
-Tables = tuple[Array, Array]  # of rows [2R - 1, H], of columns [2C - 1, H]
 
 
 def global_attention(
@@ -101,59 +99,6 @@ def _relative_bias(query: Array, tables: Tables | None) -> Array | None:
     return query.shape[-1] ** -0.5 * logits
 
 
-def relative_logits(
-    query: Array, row_table: Array, column_table: Array, grid: Grid
-) -> Array:
-    """q_i . (rows[y_j - y_i] + columns[x_j - x_i]) for every pair of positions i, j.
-
-    "Attention Augmented Convolutional Networks", section 3.1. All heads share the
-    tables, whose middle row is the offset 0. The two axes meet in the result only:
-    beside it, nothing has T x T entries.
-
-    Args:
-      query: `[B, T, N, H]`, T = R * C, row by row.
-      row_table: `[2R - 1, H]`, for the offsets key minus query 1 - R, ..., R - 1.
-      column_table: `[2C - 1, H]`.
-      grid: (R, C).
-
-    Returns:
-      `[B, N, T, T]`, float32 (float64 where the query is). Nothing is scaled.
-
-    Raises:
-      UserError: for queries or tables that do not suit the grid.
-
-    >>> query, rows, columns = map(jnp.ones, [(2, 15, 3, 7), (5, 7), (9, 7)])
-    >>> relative_logits(query, rows, columns, (3, 5)).shape
-    (2, 3, 15, 15)
-    """
-    batch, length, heads, size = query.shape
-    tables = {'row': row_table, 'column': column_table}
-    if length != grid[0] * grid[1]:
-        raise UserError(f'{length} queries do not fill a grid of {times(grid)}')
-    for (axis, table), n in zip(tables.items(), grid):
-        if table.shape != (2 * n - 1, size):
-            raise UserError(
-                f'a grid of {times(grid)} and heads of size {size} need a {axis} table '
-                f'of shape {(2 * n - 1, size)}; got {table.shape}'
-            )
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    einsum = partial(jnp.einsum, preferred_element_type=dtype)
-    query = query.reshape(batch, *grid, heads, size)
-    rows, cols = (
-        _pairs(table, n).astype(query.dtype) for table, n in zip(tables.values(), grid)
-    )
-    by_row = einsum('BRCNH,RSH->BNRCS', query, rows)
-    by_col = einsum('BRCNH,CDH->BNRCD', query, cols)
-    logits = by_row[..., :, None] + by_col[..., None, :]
-    return logits.reshape(batch, heads, length, length)
-
-
-def _pairs(table: Array, length: int) -> Array:
-    """The entry of each pair on one axis: `[2 L - 1, H]` -> `[L, L, H]`."""
-    place = np.arange(length)
-    return table[place[None, :] - place[:, None] + length - 1]
-
-
 def average_pool(x: Array, strides: int, margin: int = 0) -> Array:
     """The mean of each window, at borders of what exists.
 
@@ -191,39 +136,6 @@ def to_tokens(x: Array) -> Array:
 def unscaled(query: Array) -> Array:
     """`query` `[..., H]`, made so that attention's 1 / sqrt(H) cancels."""
     return query * query.shape[-1] ** 0.5
-
-
-class RelativePositions(nn.Module):
-    """Learned tables of relative positions, one a row offset, one a column offset."""
-
-    @nn.compact
-    def __call__(self, grid: Grid, size: int) -> Tables:
-        """Args: the grid, and H. Returns the tables that `relative_logits` takes.
-
-        >>> import jax
-        >>> tables, _ = RelativePositions().init_with_output(
-        ...     jax.random.key(0), (3, 5), 8)
-        >>> [table.shape for table in tables]
-        [(5, 8), (9, 8)]
-        """
-        self._check_grid(grid)
-        init = nn.initializers.normal(size**-0.5)
-        rows, cols = (
-            self.param(name, init, (2 * length - 1, size), jnp.float32)
-            for name, length in zip(('rows', 'columns'), grid)
-        )
-        return rows, cols
-
-    def _check_grid(self, grid: Grid) -> None:
-        if not self.has_variable('params', 'rows'):
-            return
-        tables = self.variables['params']
-        expected = tuple((len(tables[n]) + 1) // 2 for n in ('rows', 'columns'))
-        if expected != tuple(grid):
-            raise UserError(
-                f'the model has relative positions for a map of {times(expected)}; '
-                f'this input has {times(grid)}'
-            )
 
 
 class SAGANAttention(nn.Module):

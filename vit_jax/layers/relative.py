@@ -8,12 +8,17 @@ the Relationship between Self-Attention and Convolutional Layers", arXiv 1911.03
 """
 
 import math
+from functools import partial
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, times
 from vit_jax.typing import Array, Grid
+
+Tables = tuple[Array, Array]  # of rows [2R - 1, H], of columns [2C - 1, H]
 
 
 def relative_positions(grid: Grid) -> np.ndarray:
@@ -108,7 +113,6 @@ def offset_logits(scores: Array, grid: Grid) -> Array:
     Returns:
       `[N, T, T]`, by query, then key.
 
-    >>> import jax.numpy as jnp
     >>> scores = jnp.arange(3.0).reshape(1, 3, 1)  # of dx = -1, 0, 1
     >>> offset_logits(scores, (1, 2))[0]
     Array([[1., 2.],
@@ -118,6 +122,87 @@ def offset_logits(scores: Array, grid: Grid) -> Array:
     scores = scores[_offsets(rows) + rows - 1]  # [R, R', 2C - 1, N]
     scores = scores[:, :, _offsets(cols) + cols - 1]  # [R, R', C, C', N]
     return scores.transpose(4, 0, 2, 1, 3).reshape(-1, rows * cols, rows * cols)
+
+
+def relative_logits(
+    query: Array, row_table: Array, column_table: Array, grid: Grid
+) -> Array:
+    """q_i . (rows[y_j - y_i] + columns[x_j - x_i]) for every pair of positions i, j.
+
+    "Attention Augmented Convolutional Networks", section 3.1. All heads share the
+    tables, whose middle row is the offset 0. The two axes meet in the result only:
+    beside it, nothing has T x T entries.
+
+    Args:
+      query: `[B, T, N, H]`, T = R * C, row by row.
+      row_table: `[2R - 1, H]`, for the offsets key minus query 1 - R, ..., R - 1.
+      column_table: `[2C - 1, H]`.
+      grid: (R, C).
+
+    Returns:
+      `[B, N, T, T]`, float32 (float64 where the query is). Nothing is scaled.
+
+    Raises:
+      UserError: for queries or tables that do not suit the grid.
+
+    >>> query, rows, columns = map(jnp.ones, [(2, 15, 3, 7), (5, 7), (9, 7)])
+    >>> relative_logits(query, rows, columns, (3, 5)).shape
+    (2, 3, 15, 15)
+    """
+    batch, length, heads, size = query.shape
+    tables = {'row': row_table, 'column': column_table}
+    if length != grid[0] * grid[1]:
+        raise UserError(f'{length} queries do not fill a grid of {times(grid)}')
+    for (axis, table), n in zip(tables.items(), grid):
+        if table.shape != (2 * n - 1, size):
+            raise UserError(
+                f'a grid of {times(grid)} and heads of size {size} need a {axis} table '
+                f'of shape {(2 * n - 1, size)}; got {table.shape}'
+            )
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    einsum = partial(jnp.einsum, preferred_element_type=dtype)
+    query = query.reshape(batch, *grid, heads, size)
+    rows, cols = (
+        table[_offsets(n) + n - 1].astype(query.dtype)
+        for table, n in zip(tables.values(), grid)
+    )
+    by_row = einsum('BRCNH,RSH->BNRCS', query, rows)
+    by_col = einsum('BRCNH,CDH->BNRCD', query, cols)
+    logits = by_row[..., :, None] + by_col[..., None, :]
+    return logits.reshape(batch, heads, length, length)
+
+
+class RelativePositions(nn.Module):
+    """Learned tables of relative positions, one a row offset, one a column offset."""
+
+    @nn.compact
+    def __call__(self, grid: Grid, size: int) -> Tables:
+        """Args: the grid, and H. Returns the tables that `relative_logits` takes.
+
+        >>> import jax
+        >>> tables, _ = RelativePositions().init_with_output(
+        ...     jax.random.key(0), (3, 5), 8)
+        >>> [table.shape for table in tables]
+        [(5, 8), (9, 8)]
+        """
+        self._check_grid(grid)
+        init = nn.initializers.normal(size**-0.5)
+        rows, cols = (
+            self.param(name, init, (2 * length - 1, size), jnp.float32)
+            for name, length in zip(('rows', 'columns'), grid)
+        )
+        return rows, cols
+
+    def _check_grid(self, grid: Grid) -> None:
+        if not self.has_variable('params', 'rows'):
+            return
+        tables = self.variables['params']
+        expected = tuple((len(tables[n]) + 1) // 2 for n in ('rows', 'columns'))
+        if expected != tuple(grid):
+            raise UserError(
+                f'the model has relative positions for a map of {times(expected)}; '
+                f'this input has {times(grid)}'
+            )
 
 
 def conv_init(num_heads: int, locality_strength: float = 1.0) -> np.ndarray:
