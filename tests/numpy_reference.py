@@ -209,15 +209,26 @@ def layer_norm(params, x, eps=1e-6):
     return (x - mean) / np.sqrt(variance + eps) * params['scale'] + params['bias']
 
 
+def layer_scale(params, i, x):
+    """The `i`-th branch of a block, feature by feature times its factor, if any."""
+    if f'layer_scale{i}' not in params:
+        return x
+    factors = params[f'layer_scale{i}']['scale']
+    return np.stack([x[..., d] * factors[d] for d in range(len(factors))], axis=-1)
+
+
 def encoder_block(params, x, attend=multi_head_attention, eps=1e-6, variant='gelu'):
-    x = x + attend(params['attention'], layer_norm(params['norm1'], x, eps))
-    return x + mlp(params['mlp'], layer_norm(params['norm2'], x, eps), variant)
+    attended = attend(params['attention'], layer_norm(params['norm1'], x, eps))
+    x = x + layer_scale(params, 1, attended)
+    transformed = mlp(params['mlp'], layer_norm(params['norm2'], x, eps), variant)
+    return x + layer_scale(params, 2, transformed)
 
 
 def post_norm_block(params, x, eps=1e-6, variant='gelu'):
     attended = multi_head_attention(params['attention'], x)
-    x = layer_norm(params['norm1'], x + attended, eps)
-    return layer_norm(params['norm2'], x + mlp(params['mlp'], x, variant), eps)
+    x = layer_norm(params['norm1'], x + layer_scale(params, 1, attended), eps)
+    transformed = layer_scale(params, 2, mlp(params['mlp'], x, variant))
+    return layer_norm(params['norm2'], x + transformed, eps)
 
 
 def decoder_block(params, x, encoded, self_mask=True, cross_mask=True, norm_first=True):
@@ -237,11 +248,12 @@ def decoder_block(params, x, encoded, self_mask=True, cross_mask=True, norm_firs
     def transform(x):
         return mlp(params['mlp'], x)
 
-    for branch, norm in ((attend, 'norm1'), (cross, 'norm2'), (transform, 'norm3')):
+    for i, branch in enumerate((attend, cross, transform), start=1):
+        norm = params[f'norm{i}']
         if norm_first:
-            x = x + branch(layer_norm(params[norm], x))
+            x = x + layer_scale(params, i, branch(layer_norm(norm, x)))
         else:
-            x = layer_norm(params[norm], x + branch(x))
+            x = layer_norm(norm, x + layer_scale(params, i, branch(x)))
     return x
 
 

@@ -43,7 +43,10 @@ RENAMES = (
     (r'pos_proj\.weight', 'position_kernel'),
     (r'pos_proj\.bias', 'position_bias'),
     (r'\b(out_)?proj\.', 'out.'),
-    (r'^cls_token', 'class_token.cls'),
+    (r'^(cls|dist)_token', r'class_token.\1'),
+    (r'^reg_token', 'registers.tokens'),
+    (r'^head_dist', 'head.dist_logits'),
+    (r'\.ls(\d)\.gamma', r'.layer_scale\1.scale'),
 )
 # Linear maps that PyTorch stores as one, or under another name.
 PARTS = {
@@ -55,7 +58,7 @@ PARTS = {
     'v_proj': ('value',),
     'v': ('value',),
 }
-UNCHANGED = ('gating', 'position_bias', 'cls')
+UNCHANGED = ('gating', 'position_bias', 'cls', 'dist', 'tokens', 'scale')
 
 
 def convert(name, x, num_heads, grid):
@@ -242,11 +245,42 @@ def channels_last(image):
     return np.moveaxis(image, 1, -1)
 
 
-def test_vit_is_the_deit_of_timm():
-    model = ViT(
-        num_classes=7, patch_size=(2, 4), width=12, depth=2, mlp_dim=18, num_heads=3
-    )
-    check_model(model, MODELS['deit'], grid=(3, 5))
+VIT = ViT(num_classes=7, patch_size=(2, 4), width=12, depth=2, mlp_dim=18, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ('case', 'fields'),
+    [
+        ('deit', {}),
+        ('distilled', {'distilled': True}),
+        ('dinov2', {'layer_scale': 0.1}),
+        ('registers', {'layer_scale': 0.1, 'num_registers': 4}),
+    ],
+)
+def test_vit_is_that_of_timm(case, fields):
+    golden = MODELS[case]
+    if case == 'registers':
+        golden = give_class_token_a_position(golden)
+    check_model(VIT.clone(**fields), golden, grid=(3, 5))
+
+
+def give_class_token_a_position(golden):
+    """A zero: beside registers timm's class token has no position, ours has one.
+
+    Its gradient is that of the token, to which it is added.
+    """
+    params, grads = golden['params'], golden['param_grads']
+    zero = np.zeros_like(params['cls_token'])
+    return {
+        **golden,
+        'params': params | {'pos_embed': prepend(zero, params['pos_embed'])},
+        'param_grads': grads
+        | {'pos_embed': prepend(grads['cls_token'], grads['pos_embed'])},
+    }
+
+
+def prepend(token, tokens):
+    return np.concatenate([token, tokens], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +306,7 @@ def test_convit_is_that_of_timm(impl, qkv_bias):
 def test_every_number_of_the_models_shows():
     """No recorded gradient is zero but those of shifts that a softmax ignores."""
     for case, golden in MODELS.items():
-        heads = 3 if case == 'deit' else 4
-        grid = (3, 5) if case == 'deit' else (4, 4)
+        heads, grid = (4, (4, 4)) if 'convit' in case else (3, (3, 5))
         grads = flatten_dict(to_tree(golden['param_grads'], heads, grid))
         silent = {path for path, x in grads.items() if np.abs(x).max() < 1e-6}
         assert {path[-2:] for path in silent} <= {

@@ -165,6 +165,52 @@ def test_maps_are_those_of_the_loops(name):
     assert maps.pool is None
 
 
+@pytest.mark.parametrize(
+    ('pool', 'distilled', 'num_registers'),
+    [
+        ('cls', True, 0),
+        ('cls', False, 3),
+        ('cls', True, 3),
+        ('mean', False, 3),
+        ('map', False, 3),
+    ],
+)
+def test_all_prefix_tokens_are_kept_apart(pool, distilled, num_registers):
+    """Class token, distillation token, registers, then the cells, each in its row."""
+    model = make_model(
+        ViT, depth=1, distilled=distilled, num_registers=num_registers, pool=pool
+    )
+    params, image = make_inputs(model)
+    maps = run(model, params, image)
+    (layer,) = maps.layers
+    prefix = (pool == 'cls') + distilled + num_registers
+    assert model.num_prefix_tokens == layer.num_prefix == prefix
+    expected = block_weights(
+        reference.float64(params['block00']), tokens_by_kind(params, image), None
+    )
+    cells = expected[:, :, :prefix, prefix:].reshape(B, N, prefix, *GRID)
+    reference.assert_close(layer.weights, expected, 5e-5)
+    reference.assert_close(layer.prefix_weights, cells, 5e-5)
+    reference.assert_close(layer.non_locality, distance_loops(expected), 5e-5)
+    assert maps.rollout.num_prefix == prefix
+    if pool == 'map':
+        reference.assert_close(maps.pool.sum(axis=(2, 3)), np.ones((B, N)))
+
+
+def tokens_by_kind(params, image):
+    """What the first block is given: every kind of token that has parameters."""
+    params = reference.float64(params)
+    x = reference.patch_embed(params['patches']['embed'], image, PATCH)
+    x = x.reshape(B, T, D) + params['posemb']['grid'].reshape(T, D)
+    rows = []
+    for i, name in enumerate(('cls', 'dist')):
+        if name in params.get('class_token', ()):
+            rows.append(params['class_token'][name][0] + params['posemb']['prefix'][i])
+    if 'registers' in params:
+        rows.append(params['registers']['tokens'][0])
+    return np.stack([np.concatenate([*rows, tokens]) for tokens in x])
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_the_logits_are_those_of_the_model(name):
     """Without dropout, as in evaluation."""

@@ -81,6 +81,11 @@ DECAYS = {'kernel', 'position_kernel'}
             {'pool': 'map', 'representation_size': 5},
             {'bias', 'scale', 'probe', 'grid'},
         ),
+        (
+            'ViT-Ti/2',
+            {'distilled': True, 'num_registers': 3, 'layer_scale': 0.1},
+            {'bias', 'scale', 'cls', 'dist', 'tokens', 'prefix', 'grid'},
+        ),
     ],
 )
 def test_kernels_decay_and_nothing_else(name, fields, others):

@@ -25,9 +25,9 @@ from vit_jax.typing import Array, Shape, Variables
 class LayerMaps:
     """Where one layer attends.
 
-    In a patch model queries and keys are P prefix tokens (the class token), which
-    come first, and the T = S cells of the grid. Inside a CNN P = 0, and the keys may
-    lie on another grid than the queries.
+    In a patch model queries and keys are P prefix tokens, which come first (class
+    token, distillation token, registers, in this order), and the T = S cells of the
+    grid. Inside a CNN P = 0, and the keys may lie on another grid than the queries.
 
     Attributes:
       weights: `[B, N, P + T, P + S]` float32, from queries to keys.

@@ -1,4 +1,4 @@
-"""Writes models.npz: tiny DeiT and ConViT models of the public library timm.
+"""Writes models.npz: tiny DeiT, ConViT and DINOv2 models of the public library timm.
 
     pip install torch==2.13.0 numpy==2.4.6
     pip install --no-deps timm==1.0.31 torchvision==0.28.0
@@ -22,6 +22,7 @@ for _name in ('nms', 'qnms'):
     )
 
 from timm.models.convit import ConVit  # noqa: E402
+from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 B, V = 3, 7
@@ -41,9 +42,9 @@ def classify(seed, model, size):
     return record(model, inputs, logits, loss, eps=eps)
 
 
-def deit():
+def vit(seed, model_class=VisionTransformer, **options):
     size, patch = (6, 20), (2, 4)  # a grid of 3x5
-    model = VisionTransformer(
+    model = model_class(
         img_size=size,
         patch_size=patch,
         num_classes=V,
@@ -51,8 +52,9 @@ def deit():
         depth=2,
         num_heads=3,
         mlp_ratio=1.5,
+        **options,
     )
-    return classify(0, model, size)
+    return classify(seed, model, size)
 
 
 def convit(qkv_bias):
@@ -74,8 +76,12 @@ if __name__ == '__main__':
     save(
         'models.npz',
         {
-            'deit': deit(),
+            'deit': vit(0),
             'convit': convit(qkv_bias=False),
             'convit_bias': convit(qkv_bias=True),
+            'distilled': vit(3, VisionTransformerDistilled),
+            'dinov2': vit(4, init_values=1e-5),
+            # The class token has no position of its own here.
+            'registers': vit(5, init_values=1e-5, reg_tokens=4, no_embed_class=True),
         },
     )

@@ -31,7 +31,8 @@ def make_block(attention=None, shape=(B, T, D), **kwargs):
 
 
 @pytest.mark.parametrize(
-    'kwargs', [{}, {'layer_norm_eps': 0.5}, {'activation': 'gelu_tanh'}]
+    'kwargs',
+    [{}, {'layer_norm_eps': 0.5}, {'activation': 'gelu_tanh'}, {'layer_scale': 0.1}],
 )
 def test_block_is_attention_then_mlp_each_with_norm_and_residual(kwargs):
     block, params, x = make_block(**kwargs)
@@ -44,9 +45,12 @@ def test_block_is_attention_then_mlp_each_with_norm_and_residual(kwargs):
     reference.assert_close(out, expected)
 
 
-@pytest.mark.parametrize('variant', ['gelu', 'relu'])
-def test_norms_after_the_sums(variant):
-    block, params, x = make_block(norm_first=False, activation=variant)
+@pytest.mark.parametrize(('variant', 'start'), [('gelu', None), ('relu', 0.1)])
+def test_norms_after_the_sums(variant, start):
+    block, params, x = make_block(
+        norm_first=False, activation=variant, layer_scale=start
+    )
+    assert ('layer_scale2' in params) == (start is not None)
     out = reference.apply(block, params, x)
     expected = reference.post_norm_block(reference.float64(params), x, variant=variant)
     reference.assert_close(out, expected)
@@ -68,9 +72,12 @@ def make_decoder(**kwargs):
     return block, reference.random_params(block, x, encoded), x, encoded
 
 
-@pytest.mark.parametrize('norm_first', [True, False])
-def test_decoder_block_is_two_attentions_then_mlp(norm_first):
-    block, params, x, encoded = make_decoder(norm_first=norm_first)
+@pytest.mark.parametrize(
+    ('norm_first', 'start'), [(True, None), (False, None), (True, 0.1)]
+)
+def test_decoder_block_is_two_attentions_then_mlp(norm_first, start):
+    block, params, x, encoded = make_decoder(norm_first=norm_first, layer_scale=start)
+    assert ('layer_scale3' in params) == (start is not None)
     rng = np.random.default_rng(0)
     masks = {
         'self_mask': rng.random((B, 1, 1, T)) < 0.6,
@@ -104,6 +111,29 @@ def test_decoder_block_drops_each_of_its_branches():
             kept = reference.apply(block, *args)
             trained = reference.apply(block, *args, train=True, rng=rng)
             assert np.any(kept != trained), branch
+
+
+@pytest.mark.parametrize('start', [0.0, 0.25])
+def test_factors_of_the_branches_start_where_told(start):
+    block, _, x = make_block(Keep, layer_scale=start)
+    params = reference.init(block, x)
+    names = {name for name in params if 'layer_scale' in name}
+    assert names == {'layer_scale1', 'layer_scale2'}
+    for name in names:
+        np.testing.assert_array_equal(params[name]['scale'], np.full(D, start))
+        assert params[name]['scale'].dtype == jnp.float32
+    out = reference.apply(block, params, x)
+    assert np.array_equal(out, np.float32(x)) == (start == 0)
+
+
+def test_without_factors_there_are_no_parameters_of_them():
+    assert set(make_block()[1]) == {'norm1', 'attention', 'norm2', 'mlp'}
+
+
+def test_factors_keep_bfloat16():
+    block, params, x = make_block(Keep, layer_scale=0.1, dtype=jnp.bfloat16)
+    out = reference.apply(block, params, jnp.asarray(x, jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
 
 
 def test_drop_path_with_the_norms_after_the_sums():

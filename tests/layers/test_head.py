@@ -52,6 +52,32 @@ def test_head_is_norm_then_pool_then_classifier(pool, num_classes, representatio
     reference.assert_close(out, x)
 
 
+@pytest.mark.parametrize(
+    ('num_classes', 'representation_size'), [(V, None), (V, 13), (None, None)]
+)
+def test_distilled_head_is_the_mean_of_two(num_classes, representation_size):
+    out, params, x = run(
+        num_classes, 'cls', representation_size=representation_size, distilled=True
+    )
+    x = reference.layer_norm(params['norm'], x)
+    cls, dist = x[:, 0], x[:, 1]
+    if representation_size:
+        cls, dist = (
+            np.tanh(reference.linear(params['pre_logits'], x)) for x in (cls, dist)
+        )
+    if num_classes:
+        cls = reference.linear(params['logits'], cls)
+        dist = reference.linear(params['dist_logits'], dist)
+    reference.assert_close(out, (cls + dist) / 2)
+
+
+@pytest.mark.parametrize('pool', ['mean', 'map'])
+def test_distillation_needs_its_token(pool):
+    message = f"^distilled=True reads .* it needs pool='cls', not '{pool}'"
+    with pytest.raises(UserError, match=message):
+        run(pool=pool, distilled=True)
+
+
 def test_layer_norm_eps_is_used():
     out, params, x = run(layer_norm_eps=0.5)
     x = reference.layer_norm(params['norm'], x, 0.5).mean(axis=1)
@@ -65,11 +91,15 @@ def test_classifier_starts_at_zero_unless_told():
     head = Head(V, 'cls', **SIZES, head_init=jax.nn.initializers.ones)
     params = reference.init(head, x)
     np.testing.assert_array_equal(params['logits']['kernel'], np.ones((D, V)))
+    params = reference.init(head.clone(distilled=True), x)
+    np.testing.assert_array_equal(params['dist_logits']['kernel'], np.ones((D, V)))
 
 
+@pytest.mark.parametrize('distilled', [False, True])
 @pytest.mark.parametrize('num_classes', [V, None])
-def test_output_is_float32_under_bfloat16(num_classes):
-    assert run(num_classes, dtype=jnp.bfloat16)[0].dtype == jnp.float32
+def test_output_is_float32_under_bfloat16(num_classes, distilled):
+    out, *_ = run(num_classes, 'cls', distilled=distilled, dtype=jnp.bfloat16)
+    assert out.dtype == jnp.float32
 
 
 def test_classifier_computes_in_float32():

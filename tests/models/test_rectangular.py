@@ -18,6 +18,7 @@ ATTENDING = (4, {**STAGES, 'attention_stages': (2,)})
 FAMILIES = {
     'ViT': (2, {**TOKENS, 'patch_size': 2}),
     'DeiT': (2, {**TOKENS, 'patch_size': 2}),
+    'DINOv2': (2, {**TOKENS, 'patch_size': 2}),
     'ConViT': (2, {**TOKENS, 'patch_size': 2, 'depth': 2, 'num_local_layers': 1}),
     'R+ViT': (
         4,

@@ -5,6 +5,7 @@ import numpy as np
 import numpy_reference as reference
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
 from vit_jax.models.vit import ViT
@@ -26,21 +27,30 @@ def make_model(**kwargs):
     return ViT(**{**fields, **kwargs})
 
 
-def loops(params, image, pool, eps, variant):
-    """The forward pass in NumPy, with learned positions."""
+def loops(params, image, pool='cls', eps=1e-6, variant='gelu'):
+    """The forward pass in NumPy, with learned positions; registers where there are."""
     x = reference.patch_embed(params['patches']['embed'], image, PATCH)
     x = x.reshape(B, -1, D)
     positions = params['posemb']['grid'].reshape(-1, D)
     if pool == 'cls':
-        token = np.repeat(params['class_token']['cls'], B, axis=0)
-        x = np.concatenate([token, x], axis=1)
+        names = [name for name in ('cls', 'dist') if name in params['class_token']]
+        tokens = [np.repeat(params['class_token'][k], B, axis=0) for k in names]
+        x = np.concatenate([*tokens, x], axis=1)
         positions = np.concatenate([params['posemb']['prefix'], positions])
     x = x + positions
+    first = x.shape[1] - 36  # of the patches
+    if 'registers' in params:
+        registers = np.repeat(params['registers']['tokens'], B, axis=0)
+        x = np.concatenate([x[:, :first], registers, x[:, first:]], axis=1)
     for name in ('block00', 'block01'):
         x = reference.encoder_block(params[name], x, eps=eps, variant=variant)
     x = reference.layer_norm(params['head']['norm'], x, eps)
-    x = x[:, 0] if pool == 'cls' else x.mean(axis=1)
-    return reference.linear(params['head']['logits'], x)
+    head = params['head']
+    if 'dist_logits' in head:
+        by_cls = reference.linear(head['logits'], x[:, 0])
+        return (by_cls + reference.linear(head['dist_logits'], x[:, 1])) / 2
+    x = x[:, 0] if pool == 'cls' else x[:, -36:].mean(axis=1)
+    return reference.linear(head['logits'], x)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +67,65 @@ def test_forward_pass_on_a_rectangular_grid_equals_the_loops(pool, eps, variant)
     reference.assert_close(out, expected, 5e-5)
 
 
-def test_class_token_gets_a_gradient():
-    model = make_model(depth=1)
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'distilled': True},
+        {'num_registers': 3},
+        {'num_registers': 3, 'pool': 'mean'},
+        {'distilled': True, 'num_registers': 3, 'layer_scale': 0.1},
+    ],
+)
+def test_tokens_and_factors_of_published_weights_equal_the_loops(fields):
+    model = make_model(**fields)
+    (image,) = reference.random_arrays(0, IMAGE)
+    params = reference.random_params(model, image)
+    out = reference.apply(model, params, image)
+    pool = fields.get('pool', 'cls')
+    reference.assert_close(out, loops(reference.float64(params), image, pool), 5e-5)
+
+
+def test_attention_pooling_leaves_registers_out():
+    """Of a block that does nothing: its tokens do not meet the patches there."""
+    model = make_model(pool='map', num_registers=3, layer_scale=0.1, depth=1)
+    (image,) = reference.random_arrays(0, IMAGE)
+    params = reference.random_params(model, image)
+    for name in ('layer_scale1', 'layer_scale2'):
+        params['block00'][name]['scale'] *= 0.0
+    out = reference.apply(model, params, image)
+    params['registers']['tokens'] *= -2.0
+    np.testing.assert_array_equal(reference.apply(model, params, image), out)
+
+
+def test_published_tokens_and_factors_have_their_places():
+    model = make_model(distilled=True, num_registers=3, layer_scale=0.1, depth=1)
+    params = reference.init_shapes(model, jnp.ones(IMAGE))
+    plain = reference.init_shapes(make_model(depth=1), jnp.ones(IMAGE))
+    shapes, others = (
+        flatten_dict(jax.tree.map(jnp.shape, tree), sep='/') for tree in (params, plain)
+    )
+    new = {name: shape for name, shape in shapes.items() if others.get(name) != shape}
+    assert new == {
+        'class_token/dist': (1, 1, D),
+        'posemb/prefix': (2, D),
+        'registers/tokens': (1, 3, D),
+        'block00/layer_scale1/scale': (D,),
+        'block00/layer_scale2/scale': (D,),
+        'head/dist_logits/kernel': (D, V),
+        'head/dist_logits/bias': (V,),
+    }
+
+
+def test_a_distillation_token_needs_a_class_token():
+    with pytest.raises(UserError, match="it needs pool='cls', not 'mean'"):
+        reference.init_shapes(make_model(distilled=True, pool='mean'), jnp.ones(IMAGE))
+
+
+@pytest.mark.parametrize('distilled', [False, True])
+def test_every_parameter_gets_a_gradient(distilled):
+    model = make_model(
+        depth=1, distilled=distilled, num_registers=3 * distilled, layer_scale=0.1
+    )
     (image,) = reference.random_arrays(0, IMAGE)
     params = reference.random_params(model, image)
 
@@ -95,10 +162,17 @@ def test_without_positions_the_order_of_patches_is_invisible(posemb, blind):
     assert np.allclose(out, other, atol=2e-5) == blind
 
 
-@pytest.mark.parametrize('pool', ['cls', 'map'])
-def test_bfloat16_reaches_every_module(pool):
-    model = make_model(pool=pool, dtype=jnp.bfloat16, representation_size=5)
-    float32 = ['', 'head', 'head/logits']
+@pytest.mark.parametrize(('pool', 'distilled'), [('cls', True), ('map', False)])
+def test_bfloat16_reaches_every_module(pool, distilled):
+    model = make_model(
+        pool=pool,
+        distilled=distilled,
+        num_registers=3,
+        layer_scale=0.1,
+        dtype=jnp.bfloat16,
+        representation_size=5,
+    )
+    float32 = ['', 'head', 'head/logits', *['head/dist_logits'] * distilled]
     model_checks.check_dtype_reaches_every_module(model, IMAGE, float32)
 
 
@@ -126,11 +200,14 @@ def test_every_field_matters():
         'attention': Constant,
         'posemb': 'none',
         'pool': 'map',
+        'distilled': True,
+        'num_registers': 3,
         'representation_size': 5,
         'qkv_bias': False,
         'dropout_rate': 0.1,
         'attention_dropout_rate': 0.1,
         'drop_path_rate': 0.1,
+        'layer_scale': 0.1,
         'layer_norm_eps': 1e-5,
         'activation': 'gelu_tanh',
         'attention_impl': 'chunked',

@@ -75,11 +75,13 @@ def main(argv: Sequence[str]) -> None:
     def run(variables, images):
         return attention_maps(found.model, variables, found.normalize(images))
 
+    # Registers stand before the patches too: not every first token is a class token.
+    class_token = getattr(found.model, 'pool', 'cls') == 'cls'
     out, distances = pathlib.Path(args.out), []
     for folder, pixels in zip(_folders(args.images), images):
         # One image at a time: the maps of a large model fill the memory.
         maps = jax.device_get(run(found.variables, pixels[None]))
-        views = _views(maps, args.layers, query)
+        views = _views(maps, args.layers, query, class_token)
         predicted = found.class_names[int(np.argmax(maps.logits))]
         _write_image(out / folder, pixels, views, f'predicted: {predicted}')
         distances.append([layer.non_locality[0] for layer in maps.layers])
@@ -107,7 +109,9 @@ def _folders(images: Sequence[str]) -> list[str]:
     return names
 
 
-def _views(maps: 'AttentionMaps', chosen: str | None, query: Query) -> dict[str, View]:
+def _views(
+    maps: 'AttentionMaps', chosen: str | None, query: Query, class_token: bool
+) -> dict[str, View]:
     """What there is to draw of one image, by name."""
     found: dict[str, LayerMaps | Array] = {layer.name: layer for layer in maps.layers}
     if maps.rollout is not None:
@@ -123,14 +127,14 @@ def _views(maps: 'AttentionMaps', chosen: str | None, query: Query) -> dict[str,
     for name in names:
         if name not in found:
             raise unknown('layer', name, found)
-    return {name: _view(found[name], query) for name in names}
+    return {name: _view(found[name], query, class_token) for name in names}
 
 
 def _file_name(layer: str) -> str:
     return layer.replace('/', '-')
 
 
-def _view(layer: 'LayerMaps | Array', query: Query) -> View:
+def _view(layer: 'LayerMaps | Array', query: Query, class_token: bool) -> View:
     """Where the query attends in a layer, or the pooling query, `[N, R, C]`.
 
     Raises:
@@ -139,7 +143,7 @@ def _view(layer: 'LayerMaps | Array', query: Query) -> View:
     if isinstance(layer, (np.ndarray, Array)):
         return View(layer, 'the pooling query', None, layer.shape[1:])
     rows, columns = layer.grid
-    if query is None and layer.num_prefix:
+    if query is None and class_token and layer.num_prefix:
         return View(layer.prefix_weights[0, :, 0], 'the class token', None, layer.grid)
     weights = layer.grid_weights[0]  # [N, R, C, *key_grid]
     if isinstance(query, str):

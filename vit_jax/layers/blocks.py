@@ -25,6 +25,8 @@ class EncoderBlock(nn.Module):
       drop_path_rate: stochastic depth of both branches.
       norm_first: norms inside the branches, as above; False puts them after the
         sums, norm(x + attention(x)), as "Attention Is All You Need" does.
+      layer_scale: where the factors of the branches start, see `LayerScale`; None
+        for branches without.
       layer_norm_eps: epsilon of the LayerNorms, which compute in float32.
       activation: of the MLP, see `get_activation`.
       kernel_init: initializer of the MLP's kernels.
@@ -36,6 +38,7 @@ class EncoderBlock(nn.Module):
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     norm_first: bool = True
+    layer_scale: float | None = None
     layer_norm_eps: float = 1e-6
     activation: str = 'gelu'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
@@ -88,6 +91,7 @@ class DecoderBlock(nn.Module):
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     norm_first: bool = True
+    layer_scale: float | None = None
     layer_norm_eps: float = 1e-6
     activation: str = 'gelu'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
@@ -144,6 +148,32 @@ class DecoderBlock(nn.Module):
         return _residual(self, 3, _mlp(self, train), x, train)
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each feature of a residual branch.
+
+    "Going deeper with Image Transformers", arXiv 2103.17239, section 2: from a small
+    start, a deep network is near the identity.
+
+    Attributes:
+      start: of all factors.
+    """
+
+    start: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Args: x, `[B, T, D]`, a residual branch. Returns the same shape.
+
+        >>> import jax
+        >>> x = jnp.ones((1, 1, 2))
+        >>> LayerScale(0.1).init_with_output(jax.random.key(0), x)[0]
+        Array([[[0.1, 0.1]]], dtype=float32)
+        """
+        init = nn.initializers.constant(self.start)
+        scale = self.param('scale', init, x.shape[-1:], jnp.float32)
+        return x * scale.astype(x.dtype)
+
+
 def _residual(
     block: EncoderBlock | DecoderBlock,
     i: int,
@@ -152,11 +182,18 @@ def _residual(
     train: bool,
 ) -> Array:
     """x + branch(norm(x)), or norm(x + branch(x)): the `i`-th of a block."""
+
+    def scaled(x: Array) -> Array:
+        x = branch(x)
+        if block.layer_scale is not None:
+            x = LayerScale(block.layer_scale, name=f'layer_scale{i}')(x)
+        return drop_path(x, train=train)
+
     norm = layer_norm(block.layer_norm_eps, dtype=block.dtype, name=f'norm{i}')
     drop_path = DropPath(block.drop_path_rate, name=f'drop_path{i}')
     if block.norm_first:
-        return x + drop_path(branch(norm(x)), train=train)
-    return norm(x + drop_path(branch(x), train=train))
+        return x + scaled(norm(x))
+    return norm(x + scaled(x))
 
 
 def _mlp(block: EncoderBlock | DecoderBlock, train: bool) -> Callable[[Array], Array]:

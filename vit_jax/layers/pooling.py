@@ -1,4 +1,4 @@
-"""Pooling: one vector from many tokens."""
+"""Tokens beside those of the image, and pooling: one vector from many tokens."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,29 +10,68 @@ from vit_jax.typing import Array, Dtype, Initializer
 
 
 class ClassToken(nn.Module):
-    """Puts a learned token before the others.
+    """Puts a learned token before the others, or two.
 
-    "An Image is Worth 16x16 Words", arXiv 2010.11929, section 3.1.
+    "An Image is Worth 16x16 Words", arXiv 2010.11929, section 3.1; the second is the
+    distillation token of DeiT, arXiv 2012.12877, section 4.
 
     Attributes:
-      token_init: initializer of the token.
+      token_init: initializer of the tokens.
+      distilled: whether a distillation token follows the class token.
     """
 
     token_init: Initializer = nn.initializers.zeros
+    distilled: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Args: x, `[B, T, D]`. Returns `[B, 1 + T, D]`.
+        """Args: x, `[B, T, D]`. Returns `[B, 1 + T, D]`; distilled `[B, 2 + T, D]`.
 
         >>> import jax
         >>> x = jnp.ones((3, 5, 8))
         >>> ClassToken().init_with_output(jax.random.key(0), x)[0].shape
         (3, 6, 8)
         """
-        token = self.param(
-            'cls', self.token_init, (1, 1, x.shape[-1]), jnp.float32
-        ).astype(x.dtype)
-        return jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
+        names = ('cls', 'dist') if self.distilled else ('cls',)
+        shape = (1, 1, x.shape[-1])
+        tokens = [
+            self.param(name, self.token_init, shape, jnp.float32) for name in names
+        ]
+        return jnp.concatenate([*(_repeat(token, x) for token in tokens), x], axis=1)
+
+
+class Registers(nn.Module):
+    """Puts learned tokens between the class token and those of the image.
+
+    Room to note what is no part of the image: "Vision Transformers Need Registers",
+    arXiv 2309.16588, section 2.2.
+
+    Attributes:
+      num_tokens: K.
+      token_init: initializer of the tokens. Without positions, tokens that start
+        equal stay equal: it must draw them.
+    """
+
+    num_tokens: int
+    token_init: Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: Array, num_prefix: int) -> Array:
+        """Args: x, `[B, P + T, D]`; num_prefix, P. Returns `[B, P + K + T, D]`.
+
+        >>> import jax
+        >>> x = jnp.ones((3, 1 + 5, 8))
+        >>> Registers(4).init_with_output(jax.random.key(0), x, num_prefix=1)[0].shape
+        (3, 10, 8)
+        """
+        shape = (1, self.num_tokens, x.shape[-1])
+        tokens = _repeat(self.param('tokens', self.token_init, shape, jnp.float32), x)
+        return jnp.concatenate([x[:, :num_prefix], tokens, x[:, num_prefix:]], axis=1)
+
+
+def _repeat(tokens: Array, x: Array) -> Array:
+    """`[1, K, D]` for each example of x, in its dtype."""
+    return jnp.tile(tokens.astype(x.dtype), (x.shape[0], 1, 1))
 
 
 class AttentionPool(nn.Module):
@@ -67,10 +106,8 @@ class AttentionPool(nn.Module):
         (3, 8)
         """
         init = nn.initializers.xavier_uniform()
-        probe = self.param('probe', init, (1, 1, x.shape[-1]), jnp.float32).astype(
-            x.dtype
-        )
-        probe = jnp.tile(probe, (x.shape[0], 1, 1))
+        probe = self.param('probe', init, (1, 1, x.shape[-1]), jnp.float32)
+        probe = _repeat(probe, x)
         attention = MultiHeadAttention(
             self.num_heads, impl=self.attention_impl, dtype=self.dtype, name='attention'
         )

@@ -80,10 +80,13 @@ def _suits(field: dataclasses.Field, value: Any) -> bool:
         return isinstance(value, bool) and isinstance(default, bool)
     if field.type == int | None and default is None:
         return value is None or (isinstance(value, int) and value > 0)
+    if field.type == float | None and default is None:
+        return value is None or isinstance(value, float | int)
     if isinstance(default, int):
         if field.name == 'patch_size' and isinstance(value, tuple):
             return _is_count(1, *value)
-        return _is_count(int(field.name != 'num_local_layers'), value)
+        lowest = int(field.name not in ('num_local_layers', 'num_registers'))
+        return _is_count(lowest, value)
     if isinstance(default, float):
         return isinstance(value, float | int)
     if isinstance(default, tuple):

@@ -26,6 +26,7 @@ class Family(NamedTuple):
     sizes: dict[str, Size]
     patches: tuple[str, ...]  # the published variants; any other patch works too
     fields: dict[str, Any] = {}
+    options: dict[str, dict[str, Any]] = {}  # what a name may end in -> its fields
 
 
 # The published code truncates at +-2, a hundred deviations: a plain normal. Flax's
@@ -45,12 +46,13 @@ FAMILIES = {
         },
         ('Ti/16', 'S/32', 'S/16', 'B/32', 'B/16', 'L/32', 'L/16', 'H/14'),
     ),
-    # arXiv 2012.12877, table 1.
+    # arXiv 2012.12877, table 1; distilled: section 4.
     'DeiT': Family(
         ViT,
         {'Ti': Size(192, 12, 3), 'S': Size(384, 12, 6), 'B': Size(768, 12, 12)},
         ('Ti/16', 'S/16', 'B/16'),
         {'kernel_init': _NORMAL, 'head_init': _NORMAL, 'token_init': _NORMAL},
+        {'-distilled': {'distilled': True}},
     ),
     # arXiv 2103.10697, table 1: 48 features a head, 64 in the + models.
     'ConViT': Family(
@@ -64,6 +66,14 @@ FAMILIES = {
             'B+': Size(1024, 12, 16),
         },
         ('Ti/16', 'Ti+/16', 'S/16', 'S+/16', 'B/16', 'B+/16'),
+    ),
+    # arXiv 2304.07193, appendix B; registers: arXiv 2309.16588, section 3.
+    'DINOv2': Family(
+        ViT,
+        {'S': Size(384, 12, 6), 'B': Size(768, 12, 12), 'L': Size(1024, 24, 16)},
+        ('S/14', 'B/14', 'L/14'),
+        {'kernel_init': _NORMAL, 'layer_scale': 1e-5},
+        {'-registers': {'num_registers': 4}},
     ),
 }
 
@@ -87,7 +97,12 @@ HYBRIDS = {
 
 def list_variants() -> list[str]:
     """The names of the published variants, and of models without variants."""
-    names = [f'{name}-{v}' for name, f in FAMILIES.items() for v in f.patches]
+    names = [
+        f'{name}-{variant}{option}'
+        for name, family in FAMILIES.items()
+        for option in ('', *family.options)
+        for variant in family.patches
+    ]
     return [*names, *HYBRIDS, *RESNETS, *SINGLE]
 
 
@@ -95,7 +110,7 @@ def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]
     """The module class behind a name, and the fields that the name stands for.
 
     Args:
-      name: such as 'ViT-B/16'; any whole patch size is fine.
+      name: such as 'ViT-B/16' or 'DeiT-B/16-distilled'; any whole patch size is fine.
 
     Raises:
       UserError: for a name that is none; offers the nearest.
@@ -114,15 +129,20 @@ def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]
         )  # modules are hashed under jit
         stem = {'stem': 'resnet', 'stem_kwargs': trunk}
         return ViT, _vit_fields('ViT', size, patch_size) | stem
-    match = re.fullmatch(r'(\w+)-([\w+]+)/(\d+)', name)
+    match = re.fullmatch(r'(\w+)-([\w+]+)/(\d+)(-\w+)?', name)
     if not match or match[1] not in FAMILIES:
         raise unknown('model', name, list_variants())
     family = FAMILIES[match[1]]
+    if match[4] and match[4] not in family.options:
+        raise unknown('model', name, list_variants())
     if match[2] not in family.sizes:
         raise unknown(f'size of {match[1]}', match[2], family.sizes)
     if int(match[3]) == 0:
         raise UserError(f'model {name!r} has patches of size 0')
-    return family.model, _vit_fields(match[1], match[2], int(match[3]))
+    fields = _vit_fields(match[1], match[2], int(match[3]))
+    if match[4]:
+        fields |= family.options[match[4]]
+    return family.model, fields
 
 
 def _vit_fields(family_name: str, size_name: str, patch_size: int) -> dict[str, Any]:

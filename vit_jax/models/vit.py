@@ -1,7 +1,8 @@
 """The Vision Transformer.
 
 "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
-arXiv 2010.11929, and DeiT, arXiv 2012.12877, which has the same architecture.
+arXiv 2010.11929; DeiT, arXiv 2012.12877: the same architecture, distilled one token
+more; DINOv2, arXiv 2304.07193: LayerScale, and, since arXiv 2309.16588, registers.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.blocks import EncoderBlock, drop_path_rates
 from vit_jax.layers.head import Head
-from vit_jax.layers.pooling import ClassToken
+from vit_jax.layers.pooling import ClassToken, Registers
 from vit_jax.layers.position import PositionEmbedding
 from vit_jax.layers.stochastic import Dropout
 from vit_jax.models.hybrid import embed_image
@@ -37,18 +38,25 @@ class ViT(nn.Module):
       attention: makes the attention of a block, from `num_heads`, `dtype` and the
         other fields of `MultiHeadAttention`.
       posemb: position embedding, see `PositionEmbedding`.
-      pool: 'cls' (a class token joins the patches), 'mean' or 'map'.
+      pool: 'cls' (a class token joins the patches), 'mean' or 'map'; registers are
+        never pooled.
+      distilled: whether a distillation token, with positions and a classifier of its
+        own, follows the class token, see `Head`; needs pool='cls'.
+      num_registers: tokens without positions that join between the class token and
+        the patches, see `Registers`.
       representation_size: size of the tanh layer before the classifier, or None.
       qkv_bias: whether query, key and value have biases.
       dropout_rate: dropout after embeddings, attention and in the MLPs.
       attention_dropout_rate: dropout of the attention weights.
       drop_path_rate: stochastic depth of the last block, growing from 0.
+      layer_scale: where the learned factors of the residual branches start, see
+        `LayerScale`; None for branches without.
       layer_norm_eps: epsilon of the LayerNorms.
       activation: see `get_activation`.
       attention_impl: see `dot_product_attention`.
       kernel_init: initializer of the linear maps.
       head_init: initializer of the classifier's kernel.
-      token_init: initializer of the class token.
+      token_init: initializer of the class token and the distillation token.
       dtype: dtype of the computation; parameters are float32.
     """
 
@@ -63,11 +71,14 @@ class ViT(nn.Module):
     attention: Callable[..., nn.Module] = MultiHeadAttention
     posemb: str = 'learned'
     pool: str = 'cls'
+    distilled: bool = False
+    num_registers: int = 0
     representation_size: int | None = None
     qkv_bias: bool = True
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
+    layer_scale: float | None = None
     layer_norm_eps: float = 1e-6
     activation: str = 'gelu'
     attention_impl: str = 'auto'
@@ -78,8 +89,8 @@ class ViT(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """How many tokens stand before those of the grid."""
-        return int(self.pool == 'cls')
+        """How many tokens stand before those of the grid: class, dist, registers."""
+        return (1 + self.distilled) * (self.pool == 'cls') + self.num_registers
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Array:
@@ -94,7 +105,8 @@ class ViT(nn.Module):
           Logits `[B, V]`, float32.
 
         Raises:
-          UserError: for sizes that do not fit the patches or the parameters.
+          UserError: for sizes that do not fit the patches or the parameters, and for
+            a distillation token without a class token.
 
         >>> import jax
         >>> model = ViT(num_classes=7, patch_size=2, width=8, depth=1, mlp_dim=16,
@@ -116,8 +128,11 @@ class ViT(nn.Module):
         grid = x.shape[1:-1]
         x = x.reshape(x.shape[0], -1, self.width)
         if self.pool == 'cls':
-            x = ClassToken(self.token_init, name='class_token')(x)
+            x = ClassToken(self.token_init, self.distilled, name='class_token')(x)
         x = PositionEmbedding(self.posemb, name='posemb')(x, grid)
+        if self.num_registers:
+            before = self.num_prefix_tokens - self.num_registers
+            x = Registers(self.num_registers, name='registers')(x, before)
         x = Dropout(self.dropout_rate, name='dropout')(x, train=train)
 
         attention = partial(
@@ -135,6 +150,7 @@ class ViT(nn.Module):
                 self.mlp_dim,
                 self.dropout_rate,
                 drop_path_rate=rate,
+                layer_scale=self.layer_scale,
                 layer_norm_eps=self.layer_norm_eps,
                 activation=self.activation,
                 kernel_init=self.kernel_init,
@@ -142,12 +158,15 @@ class ViT(nn.Module):
                 name=f'block{i:02d}',
             )(x, train=train)
 
+        if self.num_registers and self.pool != 'cls':
+            x = x[:, self.num_registers :]
         return Head(
             self.num_classes,
             self.pool,
             self.num_heads,
             self.mlp_dim,
             representation_size=self.representation_size,
+            distilled=self.distilled,
             layer_norm_eps=self.layer_norm_eps,
             activation=self.activation,
             attention_impl=self.attention_impl,
