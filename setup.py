@@ -19,6 +19,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['vit_jax', 'vit_jax.*']),
+    package_data={'vit_jax.pretrained': ['imagenet_classes.txt']},
     entry_points={'console_scripts': ['vit_jax = vit_jax.main:main']},
     # Lower bounds are the oldest versions whose interfaces we use, upper bounds the
     # next release that may break them. `constraints.txt` pins a set that passed.
@@ -26,16 +27,21 @@ setup(
         'absl-py>=2.1,<3',
         'array-record>=0.7,<0.9',
         'chex>=0.1.90,<0.2',
+        'flatbuffers>=24,<26',  # jax.export's format
         'flax>=0.12,<0.13',
         'grain>=0.2.12,<0.3',
+        'huggingface-hub>=0.30,<3',
         'jax>=0.10,<0.12',
         'importlib-resources>=6,<8',  # TFDS imports it without asking for it
         'matplotlib>=3.9,<4',
+        'ml-dtypes>=0.4,<1',
         'ml-collections>=1.0,<2',
         'numpy>=2.0,<3',
         'optax>=0.2.5,<0.3',
         'orbax-checkpoint>=0.11.25,<0.13',
         'pillow>=11,<14',
+        'requests>=2.32,<3',
+        'safetensors>=0.5,<1',
         'scikit-learn>=1.5,<2',
         'tensorboardX>=2.6.2,<3',
         'tensorflow-datasets>=4.9.9,<5',

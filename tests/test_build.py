@@ -65,6 +65,8 @@ def test_run_of_a_vit():
         'dtype': 'float32',
         'grid': [2, 5],
         'prefix_tokens': 1,
+        'activation': 'gelu',
+        'layer_norm_eps': 1e-6,
     }
     assert run.metadata['class_names'] == [f'class_{i}' for i in range(7)]
     assert run.metadata['eval_split'] == 'test'
@@ -235,6 +237,7 @@ def fingerprint(run):
     variables = run.state_shape.variables
     return {
         'init': trace(run.init),
+        'load': run.load and (run.load.args[::2], run.load.keywords['new_head']),
         'train_step': trace(run.train_step, run.state_shape, run.batch_shape),
         'eval_step': trace(run.eval_step, variables, run.batch_shape),
         'train_data': repr(run.train_data(3)),
@@ -268,6 +271,8 @@ OTHERS = {
         {'widths': (7,), 'strides': (2,), 'num_groups': 1},
         f'{COMPUTED} metadata',
     ),
+    'init.weights': ('/there', 'load'),
+    'init.new_head': (True, 'load', {'init.weights': '/there'}),
     'dataset.name': ('build_fork.things:other', 'dataset metadata'),
     'dataset.data_dir': ('/there', 'dataset'),
     'dataset.train_split': ('extra', 'train_data metadata'),
@@ -276,6 +281,7 @@ OTHERS = {
     'dataset.image_size': ((4, 8), f'{COMPUTED} train_data eval_data metadata'),
     'dataset.normalize': ('imagenet', 'train_step eval_step metadata'),
     'dataset.eval_crop': (0.5, 'eval_data metadata'),
+    'dataset.interpolation': ('bilinear', 'train_data eval_data metadata'),
     'dataset.num_workers': (2, 'train_data eval_data'),
     'augment.crop': ('pad', 'train_data'),
     'augment.pad': (2, 'train_data', {'augment.crop': 'pad'}),
@@ -326,10 +332,13 @@ def test_every_key_counts(key, fork, unread):
 @pytest.mark.parametrize(
     ('values', 'left'),
     [
-        ({}, {'augment.pad', 'augment.min_scale'}),
-        ({'augment.crop': 'pad'}, {'augment.min_scale'}),
-        ({'augment.crop': 'resized'}, {'augment.pad'}),
-        ({'optim.name': 'sgd', 'augment.crop': 'pad'}, {'augment.min_scale'}),
+        ({}, {'augment.pad', 'augment.min_scale', 'init.new_head'}),
+        ({'augment.crop': 'pad'}, {'augment.min_scale', 'init.new_head'}),
+        ({'augment.crop': 'resized'}, {'augment.pad', 'init.new_head'}),
+        (
+            {'optim.name': 'sgd', 'augment.crop': 'pad', 'init.weights': '/there'},
+            {'augment.min_scale'},
+        ),
     ],
 )
 def test_keys_that_a_run_does_not_read(values, left, unread):
@@ -372,6 +381,7 @@ def test_keys_that_a_run_does_not_read(values, left, unread):
         ({'dataset.image_size': (4, 2.5)}, r'must be \(height, width\)'),
         ({'dataset.image_size': (4, 6, 3)}, r'must be \(height, width\)'),
         ({'dataset.normalize': 'imagnet'}, "'imagnet'; did you mean 'imagenet'"),
+        ({'dataset.interpolation': 'cubic'}, "'cubic'; did you mean 'bicubic'"),
         (
             {
                 'dataset.normalize': 'imagenet',

@@ -19,16 +19,17 @@ from ml_collections import ConfigDict
 from vit_jax.config import ConfigReader, check_ranges, check_unread
 from vit_jax.data.datasets import Dataset, load_dataset, pick_eval_split, subsample
 from vit_jax.data.input_pipeline import Shard, eval_batches, train_batches
-from vit_jax.data.transforms import EvalTransform, TrainTransform
+from vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, TrainTransform
 from vit_jax.errors import UserError, unknown
 from vit_jax.layers.patch import resolve_patch
 from vit_jax.models import build_model
 from vit_jax.optim import make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
+from vit_jax.pretrained import Report, load_variables
 from vit_jax.state import TrainState
 from vit_jax.tasks import get_task
 from vit_jax.tasks.classify import Settings
-from vit_jax.typing import Batch, Metrics, Variables
+from vit_jax.typing import Batch, Metrics, PRNGKey, Variables
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -47,6 +48,8 @@ class Run:
       model: the Flax module.
       dataset: what is known of the data.
       init: () -> TrainState; pure.
+      load: sharding= -> (variables, report), the weights that the run starts from; or
+        None, where it starts from `init` alone.
       train_step: (state, batch) -> (state, metrics); pure.
       eval_step: (variables, batch) -> metrics; pure.
       train_data: examples seen before -> endless host batches, this process's rows.
@@ -67,6 +70,7 @@ class Run:
     model: nn.Module
     dataset: Dataset
     init: Callable[[], TrainState]
+    load: Callable[..., tuple[Variables, Report]] | None
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[Variables, Batch], Metrics]
     train_data: Callable[[int], grain.DatasetIterator]
@@ -133,6 +137,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
         model=model,
         dataset=dataset,
         init=init,
+        load=_load(c, model, image_shape, init_rng),
         train_step=train_step,
         eval_step=eval_step,
         train_data=train_data,
@@ -158,7 +163,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
                 'kwargs': c.model.kwargs,
                 'num_classes': len(dataset.class_names),
                 'dtype': c.dtype,
-                **_tokens(model, image_size),
+                **_facts(model, image_size),
             },
             'dataset': dataset.name,
             'eval_split': c.dataset.eval_split or pick_eval_split(dataset),
@@ -170,7 +175,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
                 'mean': list(mean),
                 'std': list(std),
                 'crop_fraction': c.dataset.eval_crop,
-                'interpolation': 'bicubic',
+                'interpolation': c.dataset.interpolation,
             },
             'config': config.copy_and_resolve_references().to_dict(),
         },
@@ -230,6 +235,7 @@ def _train_data(
         size=image_shape[:2],
         channels=image_shape[2],
         crop=crop,
+        interpolation=_interpolation(c),
         flip=c.augment.flip,
         # Read only where they count, so that setting them elsewhere is an error.
         **({'pad': c.augment.pad} if crop == 'pad' else {}),
@@ -264,7 +270,9 @@ def _eval_data(
     _check_split(dataset, split)
     batches = partial(
         eval_batches,
-        transform=EvalTransform(image_shape[:2], image_shape[2], c.dataset.eval_crop),
+        transform=EvalTransform(
+            image_shape[:2], image_shape[2], c.dataset.eval_crop, _interpolation(c)
+        ),
         batch_size=batch_size,
         shard=Shard(jax.process_index(), jax.process_count()),
         num_workers=c.dataset.num_workers,
@@ -314,10 +322,35 @@ def _normalization(
     return mean, std
 
 
-def _tokens(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Grid and prefix tokens of a model that has patches."""
+def _interpolation(c: ConfigReader) -> str:
+    if c.dataset.interpolation not in INTERPOLATIONS:
+        raise unknown('dataset.interpolation', c.dataset.interpolation, INTERPOLATIONS)
+    return c.dataset.interpolation
+
+
+def _load(
+    c: ConfigReader, model: nn.Module, image_shape: tuple[int, int, int], rng: PRNGKey
+) -> Callable[..., tuple[Variables, Report]] | None:
+    if c.init.weights is None:
+        return None
+    return partial(
+        load_variables,
+        c.init.weights,
+        model,
+        image_shape[:2],
+        channels=image_shape[2],
+        new_head=c.init.new_head,
+        rng=rng,  # as in `init`: a new head is the one that a fresh model has
+    )
+
+
+def _facts(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
+    """What shapes do not tell: grid and prefix tokens, GELU, epsilon."""
+    fields = ('activation', 'layer_norm_eps')
+    facts = {k: getattr(model, k) for k in fields if hasattr(model, k)}
     patch = getattr(model, 'patch_size', None)
     if patch is None:
-        return {}
+        return facts
     grid = [n // p for n, p in zip(image_size, resolve_patch(patch, 2))]
-    return {'grid': grid, 'prefix_tokens': getattr(model, 'num_prefix_tokens', 0)}
+    prefix_tokens = getattr(model, 'num_prefix_tokens', 0)
+    return {**facts, 'grid': grid, 'prefix_tokens': prefix_tokens}

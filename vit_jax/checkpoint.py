@@ -158,6 +158,31 @@ def restore_variables(workdir: pathlib.Path, step: int, like: Variables) -> Vari
         return checkpoints.load(step, 'variables', ocp.args.StandardRestore(like))
 
 
+def stored_shapes(workdir: pathlib.Path, step: int) -> Variables:
+    """Shapes and dtypes of the variables in a checkpoint, to be read on one device.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint.
+
+    Raises:
+      UserError: when the checkpoint is damaged.
+    """
+    folder = (workdir / 'checkpoints').absolute()
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(folder / str(step) / 'variables')
+        tree = metadata.item_metadata
+        if tree is None:
+            raise ValueError('the list of its arrays is damaged')
+        return shapes_on(sharding, dict(tree.items()))
+    except Exception as error:  # Orbax raises whatever its readers raise
+        raise UserError(
+            f'checkpoint {step} in {folder} cannot be read: {_reason(error)}'
+        ) from error
+
+
 def shapes_on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
     """Shapes and dtypes of a tree, to be restored with that sharding."""
     return jax.tree.map(

@@ -33,6 +33,12 @@ def default_config(task: str = 'classify') -> ConfigDict:
     config.model.name = 'ViT-S/16'  # see `vit_jax.list_models`, or 'my_fork.nets:Net'
     config.model.kwargs = ConfigDict()  # fields of the module that differ
 
+    config.init = ConfigDict()
+    # None: random. Or a file, a folder, a workdir or an address such as
+    # 'hf:timm/convit_tiny.fb_in1k', see `vit_jax.load_variables`.
+    config.init.weights = config_dict.placeholder(str)
+    config.init.new_head = False  # leave the classifier of `weights`, start another
+
     config.dataset = ConfigDict()
     config.dataset.name = 'digits'  # or a TFDS name, 'folder:/path', 'synthetic'
     config.dataset.data_dir = config_dict.placeholder(str)  # of TFDS; None: its own
@@ -43,6 +49,7 @@ def default_config(task: str = 'classify') -> ConfigDict:
     config.dataset.image_size = config_dict.placeholder(tuple)  # (h, w); None: native
     config.dataset.normalize = 'half'  # 'half': to [-1, 1]; 'imagenet': its mean, std
     config.dataset.eval_crop = 1.0  # central part evaluated, side / largest that fits
+    config.dataset.interpolation = 'bicubic'  # of images that are resized; 'bilinear'
     config.dataset.num_workers = 0  # processes that decode; 0: threads of this one
 
     config.augment = ConfigDict()

@@ -30,3 +30,14 @@ def times(lengths: Iterable[int]) -> str:
     '4x9'
     """
     return 'x'.join(map(str, lengths))
+
+
+def some(names: Iterable[str], count: int = 3) -> str:
+    """The first few of many names, for an error of one line.
+
+    >>> some(['a', 'b', 'c', 'd'])
+    'a, b, c and 1 more'
+    """
+    names = list(names)
+    more = f' and {len(names) - count} more' if len(names) > count else ''
+    return ', '.join(names[:count]) + more

@@ -1,5 +1,6 @@
 """Training, from a `Run` to a workdir with its result: read it downwards."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -58,7 +59,7 @@ def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
             start, state = restored.step, restored.state
             position = restored.metadata['position']
         else:
-            start, state, position = 0, run.parallel.init(run.init), 0
+            start, state, position = 0, _initial_state(run, workdir), 0
 
         train_step = run.parallel.train_step(run.train_step)
         eval_step = run.parallel.eval_step(run.eval_step)
@@ -196,6 +197,27 @@ def _fetch(
                 'a longer warm-up or optim.clip_norm'
             )
     return metrics.mean(fetched)
+
+
+def _initial_state(run: Run, workdir: pathlib.Path) -> TrainState:
+    """A fresh state, with the weights that the run starts from, if any."""
+    state = run.parallel.init(run.init)
+    if run.load is None:
+        return state
+    variables, report = run.load(sharding=run.parallel.replicated)
+    print(report.summary(), file=sys.stderr)
+    theirs = (report.metadata or {}).get('preprocessing', {})
+    ours = json.loads(json.dumps(run.metadata['preprocessing']))
+    for key in ('mean', 'std'):
+        if key in theirs and theirs[key] != ours[key]:
+            print(
+                f'warning: the weights saw pixels of {key} {theirs[key]}, this run has '
+                f'{ours[key]}; see config.dataset.normalize',
+                file=sys.stderr,
+            )
+    if jax.process_index() == 0:
+        (workdir / 'init_weights.txt').write_text(f'{report}\n')
+    return dataclasses.replace(state, variables=variables)
 
 
 def _prefix(prefix: str, values: dict[str, float]) -> dict[str, float]:

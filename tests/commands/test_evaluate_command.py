@@ -4,6 +4,9 @@ import shutil
 import pytest
 from command_lines import COLOUR, DIGITS
 
+from vit_jax.commands.evaluate import _take_preprocessing
+from vit_jax.config import default_config
+
 pytest_plugins = ['command_fixtures']
 
 
@@ -17,7 +20,8 @@ def trained(digits):
 
 def evaluate(run, *argv):
     code, out, err = run('evaluate', *argv)
-    assert (code, err) == (0, '')
+    assert code == 0, err
+    assert err == '' or '--weights=' in str(argv)
     assert out.count('\n') == 1
     return json.loads(out)
 
@@ -34,6 +38,43 @@ def test_a_config_with_weights(run, digits, data_dir, trained):
         run, *DIGITS, f'--weights={digits}', f'--config.dataset.data_dir={data_dir}'
     )
     assert {k: metrics[k] for k in trained} == trained
+
+
+def test_images_of_another_size(run, digits, data_dir, trained):
+    """Learned positions are resized, and said to be."""
+    argv = ['--config.dataset.image_size=(8,12)', f'--weights={digits}']
+    data = f'--config.dataset.data_dir={data_dir}'
+    code, out, err = run('evaluate', *DIGITS, *argv, data)
+    assert code == 0
+    assert '1 resized (4x4 -> 4x6)' in err
+    assert json.loads(out)['examples'] == 359
+
+
+def test_a_model_with_other_fields_is_said(run, digits, data_dir):
+    argv = ['--config.model.kwargs.activation=relu', f'--weights={digits}']
+    data = f'--config.dataset.data_dir={data_dir}'
+    code, _, err = run('evaluate', *DIGITS, *argv, data)
+    assert code == 0
+    assert "trained with activation='gelu', the model has 'relu'" in err
+    assert "'activation': 'relu'" in err
+
+
+def test_pixels_are_seen_as_in_training_unless_the_user_says_otherwise(capsys):
+    theirs = {
+        'mean': [0.485, 0.456, 0.406],
+        'std': [0.229, 0.224, 0.225],
+        'crop_fraction': 0.9,
+        'interpolation': 'bilinear',
+    }
+    config = default_config()
+    _take_preprocessing(config, ['dataset.eval_crop'], theirs)
+    assert config.dataset.normalize == 'imagenet'
+    assert config.dataset.interpolation == 'bilinear'
+    assert config.dataset.eval_crop == 1.0
+    capsys.readouterr()
+    _take_preprocessing(config, [], {**theirs, 'mean': [0.1], 'std': [0.2]})
+    assert (config.dataset.normalize, config.dataset.eval_crop) == ('imagenet', 0.9)
+    assert 'mean [0.1] and std [0.2]' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('batch_size', [8, 360, 1000])

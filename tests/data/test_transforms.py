@@ -273,11 +273,24 @@ def test_center_crop_box(shape, size, fraction, box, monkeypatch):
     boxes = []
     monkeypatch.setattr(transforms, 'resize_box', lambda *args: boxes.append(args))
     image = noise(*shape)
-    center_crop(image, size, fraction)
-    ((image_there, box_there, size_there),) = boxes
+    center_crop(image, size, fraction, 'bilinear')
+    ((image_there, box_there, size_there, interpolation),) = boxes
+    assert interpolation == 'bilinear'
     assert image_there is image
     assert box_there == pytest.approx(box)
     assert size_there == size
+
+
+@pytest.mark.parametrize('name', ['bicubic', 'bilinear'])
+def test_interpolation_is_that_of_pillow(name):
+    image = noise(15, 30, 3)
+    how = Image.Resampling[name.upper()]
+    expected = np.asarray(Image.fromarray(image).resize((14, 7), how))
+    for transform in (EvalTransform, TrainTransform):
+        made = transform(size=(7, 14), channels=3, interpolation=name)
+        example = {'image': image, 'label': 0, 'name': 'x', 'weight': 1.0}
+        args = () if transform is EvalTransform else (np.random.default_rng(0),)
+        np.testing.assert_array_equal(made(example, *args)['image'], expected)
 
 
 def test_center_crop_is_resize_then_crop():
@@ -338,7 +351,7 @@ def boxes(monkeypatch):
     """The boxes that are cut out, in place of the images."""
     found = []
 
-    def record(image, box, size):
+    def record(image, box, size, interpolation):
         found.append(box)
         return size
 

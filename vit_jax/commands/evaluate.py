@@ -2,16 +2,23 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from vit_jax.commands import options
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, some
 
 EPILOG = f"""\
 {options.CONFIG_HELP}
   vit_jax evaluate --workdir=/tmp/digits
   vit_jax evaluate --workdir=/tmp/digits --config.dataset.eval_split=train
   vit_jax evaluate --config=configs/digits_convit.py --weights=/tmp/digits
+  vit_jax evaluate --config=configs/imagenet_convit.py \\
+      --weights=hf:timm/convit_tiny.fb_in1k --config.model.name=ConViT-Ti/16
 """
 
 
@@ -22,42 +29,110 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--workdir', help='folder of a run: its config, its weights')
     options.add_config(parser, required=False)
     parser.add_argument(
-        '--weights', help='workdir whose weights to take, with --config'
+        '--weights',
+        help='workdir, exported folder, weight file or address, with --config; pixels '
+        'are normalised and cropped as it says, unless --config.dataset.* do',
     )
     args, overrides = options.parse(parser, argv)
     given = bool(args.workdir), bool(args.config), bool(args.weights)
     if given not in ((True, False, False), (False, True, True)):
-        raise UserError('give --workdir=DIR, or both --config=FILE and --weights=DIR')
+        raise UserError('give --workdir=DIR, or both --config=FILE and --weights=PATH')
 
     options.quiet()
     from vit_jax.build import build
-    from vit_jax.checkpoint import load_metadata, restore_variables, shapes_on
+    from vit_jax.checkpoint import load_metadata
     from vit_jax.config import from_dict, override
     from vit_jax.evaluate import evaluate
+    from vit_jax.pretrained import load_variables
+    from vit_jax.pretrained.source import open_source
 
-    workdir = pathlib.Path(args.workdir or args.weights)
-    step, metadata = load_metadata(workdir)
+    weights, named = args.workdir or args.weights, options.keys(overrides)
+    if args.workdir:
+        load_metadata(pathlib.Path(weights))  # raises where it is none
+    source = open_source(weights)
+    metadata = source.metadata or {}
     if args.config:
         config = options.read_config(args.config, overrides)
+        _take_preprocessing(config, named, metadata.get('preprocessing', {}))
     else:
         config = override(from_dict(metadata['config']), overrides)
-    run = build(config, named=options.keys(overrides))
-    _check_model(workdir, metadata, json.loads(json.dumps(run.metadata)))
-    like = shapes_on(run.parallel.replicated, run.state_shape.variables)
-    variables = restore_variables(workdir, step, like)
+    run = build(config, named=named)
+    _check_classes(weights, metadata, run.dataset.class_names)
+    *image_size, channels = run.batch_shape['image'].shape[1:]
+    variables, report = load_variables(
+        weights,
+        run.model,
+        tuple(image_size),
+        channels=channels,
+        sharding=run.parallel.replicated,
+    )
+    if args.weights or report.resized or report.notes:
+        print(report.summary(), file=sys.stderr)
+    _compare_models(metadata, json.loads(json.dumps(run.metadata)))
     about = {'dataset': run.dataset.name, 'split': run.metadata['eval_split']}
-    print(json.dumps({**about, 'step': step, **evaluate(run, variables)}))
+    if source.step is not None:
+        about['step'] = source.step
+    print(json.dumps({**about, **evaluate(run, variables)}))
 
 
-def _check_model(workdir: pathlib.Path, there: dict, here: dict) -> None:
-    """Raises UserError when the weights are of another model or other classes."""
-    pairs = {
-        'model': (there['model'], here['model']),
-        'class names': (there['class_names'], here['class_names']),
-        'channels': [m['preprocessing']['channels'] for m in (there, here)],
+def _take_preprocessing(
+    config: ConfigDict, named: Collection[str], theirs: Mapping[str, Any]
+) -> None:
+    """Sets how the weights were trained to see pixels, where the user does not."""
+    from vit_jax.build import NORMALIZATIONS
+
+    pixels = [theirs.get('mean'), theirs.get('std')]
+    known = {
+        name: [list(mean), list(std)] for name, (mean, std) in NORMALIZATIONS.items()
     }
-    for what, (theirs, ours) in pairs.items():
+    values = {
+        'normalize': next((name for name, v in known.items() if v == pixels), None),
+        'eval_crop': theirs.get('crop_fraction'),
+        'interpolation': theirs.get('interpolation'),
+    }
+    if all(pixels) and values['normalize'] is None:
+        print(
+            f'warning: the weights saw pixels of mean {pixels[0]} and std {pixels[1]}, '
+            'which config.dataset.normalize has no name for',
+            file=sys.stderr,
+        )
+    for key, value in values.items():
+        if value is not None and f'dataset.{key}' not in named:
+            config.dataset[key] = value
+
+
+def _compare_models(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Warns when the weights are those of a model with other fields."""
+    if 'model' in there:
+        theirs, ours = (
+            [m['model']['name'], m['model']['kwargs']] for m in (there, here)
+        )
         if theirs != ours:
-            raise UserError(
-                f'{workdir} holds weights for {what} {theirs}, the config has {ours}'
+            print(
+                f'warning: the weights are those of {theirs[0]} with {theirs[1]}, the '
+                f'config has {ours[0]} with {ours[1]}',
+                file=sys.stderr,
             )
+
+
+def _check_classes(
+    weights: str, metadata: Mapping[str, Any], here: Sequence[str]
+) -> None:
+    """Raises UserError when the weights' classes are not those of the data.
+
+    ImageNet's are known by their WordNet id, with or without names behind it.
+    """
+    there = metadata.get('class_names')
+    if there is None:
+        return
+    if list(map(_wordnet_id, there)) == list(map(_wordnet_id, here)):
+        return
+    raise UserError(
+        f'{weights} knows {len(there)} classes ({some(there)}), the data has '
+        f'{len(here)} ({some(here)})'
+    )
+
+
+def _wordnet_id(name: str) -> str:
+    match = re.match(r'n\d{8}\b', name)
+    return match[0] if match else name

@@ -30,13 +30,34 @@ class Trained(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds IMAGE..., --weights and --convert_channels."""
+    """Adds IMAGE..., --convert_channels, and what names the weights."""
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='JPEG, PNG or WebP')
-    parser.add_argument('--weights', required=True, help='workdir of a run')
+    add_weights(parser)
     parser.add_argument(
         '--convert_channels',
         action='store_true',
         help='make grey images RGB, or coloured ones grey, as the model needs',
+    )
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds --weights and --like."""
+    parser.add_argument(
+        '--weights',
+        required=True,
+        help='workdir of a run, exported folder, weight file, or an address such as '
+        'hf:timm/convit_tiny.fb_in1k',
+    )
+    add_like(parser)
+
+
+def add_like(parser: argparse.ArgumentParser) -> None:
+    """Adds --like."""
+    parser.add_argument(
+        '--like',
+        metavar='ADDRESS',
+        help='published weights that the file is a copy of: model, classes and '
+        'preprocessing are theirs',
     )
 
 
@@ -49,46 +70,82 @@ def load(args: argparse.Namespace) -> tuple[Trained, list[np.ndarray]]:
     Raises:
       UserError: for images or weights that are not there, damaged, or do not fit.
     """
+    check_images(args)
+    options.quiet()
+    metadata = read_metadata(args)
+    pixels = read_images(args, metadata)
+    return _restore(args.weights, metadata), pixels
+
+
+def check_images(args: argparse.Namespace) -> None:
+    """Raises UserError for an image that is not there, before anything takes time."""
     for image in args.images:
         if not pathlib.Path(image).is_file():
             raise UserError(f'no such image: {image}')
 
-    options.quiet()
-    from vit_jax.checkpoint import load_metadata
 
-    workdir = pathlib.Path(args.weights)
-    step, metadata = load_metadata(workdir)
-    about = metadata['preprocessing']
-    pixels = [_read(image, about, args.convert_channels) for image in args.images]
-    return _restore(workdir, step, metadata), pixels
+def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """What the weights say of themselves.
+
+    Raises:
+      UserError: when they say nothing, and --like does not either.
+    """
+    from vit_jax.pretrained.published import find_published
+    from vit_jax.pretrained.source import open_source
+
+    if args.like:
+        metadata = find_published(args.like)
+        if metadata is None:
+            raise UserError(
+                f'--like={args.like} is no address of published weights; '
+                '`vit_jax summarize --zoo` lists them'
+            )
+        return metadata
+    metadata = open_source(args.weights).metadata
+    if metadata is None or not {'model', 'preprocessing'} <= metadata.keys():
+        raise UserError(
+            f'{args.weights} does not say which model it is of; name the published '
+            'weights that it is a copy of by --like=ADDRESS (`vit_jax summarize '
+            '--zoo` lists them)'
+        )
+    return metadata
 
 
-def _read(path: str, preprocessing: dict[str, Any], convert: bool) -> np.ndarray:
+def read_images(args: argparse.Namespace, metadata: dict[str, Any]) -> list[np.ndarray]:
+    """The images, decoded and cropped as the weights want them."""
     from vit_jax.data.transforms import center_crop, decode_image
 
-    data = pathlib.Path(path).read_bytes()
-    image = decode_image(data, preprocessing['channels'], path, convert)
-    size = tuple(preprocessing['image_size'])
-    return center_crop(image, size, preprocessing['crop_fraction'])
+    about = metadata['preprocessing']
+    size = tuple(about['image_size'])
+
+    def read(path: str) -> np.ndarray:
+        data = pathlib.Path(path).read_bytes()
+        image = decode_image(data, about['channels'], path, args.convert_channels)
+        return center_crop(image, size, about['crop_fraction'], about['interpolation'])
+
+    return [read(path) for path in args.images]
 
 
-def _restore(workdir: pathlib.Path, step: int, metadata: dict[str, Any]) -> Trained:
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
+def read_class_names(weights: str, metadata: dict[str, Any]) -> list[str]:
+    """Names by class number.
 
-    from vit_jax.build import make_model
-    from vit_jax.checkpoint import restore_variables, shapes_on
+    Raises:
+      UserError: when the weights have no classifier.
+    """
+    if metadata['model']['num_classes'] is None:
+        raise UserError(
+            f'{weights} has no classifier, only features; fine-tune it first: '
+            f'--config.init.weights={weights} --config.init.new_head=True'
+        )
+    return metadata['class_names']
+
+
+def _restore(weights: str, metadata: dict[str, Any]) -> Trained:
+    from vit_jax.export import load_model
     from vit_jax.tasks.classify import Settings, normalize
 
-    about, preprocessing = metadata['model'], metadata['preprocessing']
-    model = make_model(
-        about['name'], about['num_classes'], about['dtype'], about['kwargs']
-    )
-    shape = (1, *preprocessing['image_size'], preprocessing['channels'])
-    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
-    variables = restore_variables(workdir, step, shapes_on(sharding, like))
-    settings = Settings(tuple(preprocessing['mean']), tuple(preprocessing['std']))
-    names = metadata['class_names']
+    names = read_class_names(weights, metadata)
+    model, variables, _ = load_model(weights, metadata)
+    about = metadata['preprocessing']
+    settings = Settings(tuple(about['mean']), tuple(about['std']))
     return Trained(model, variables, partial(normalize, settings=settings), names)

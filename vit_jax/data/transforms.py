@@ -17,6 +17,10 @@ from PIL import Image
 from vit_jax.errors import UserError, times, unknown
 
 CROPS = ('none', 'pad', 'resized')
+INTERPOLATIONS = {
+    'bicubic': Image.Resampling.BICUBIC,
+    'bilinear': Image.Resampling.BILINEAR,
+}
 
 _FORMATS = ('JPEG', 'PNG', 'WEBP')
 
@@ -64,14 +68,18 @@ def decode_image(
 
 
 def resize_box(
-    image: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]
+    image: np.ndarray,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    interpolation: str = 'bicubic',
 ) -> np.ndarray:
-    """Cuts a box out of an image and resizes it, bicubic with antialiasing.
+    """Cuts a box out of an image and resizes it, with antialiasing.
 
     Args:
       image: uint8 `[h, w, c]`, c = 1 or 3.
       box: (top, left, height, width) in pixels, may be fractional.
       size: (height, width) of the result.
+      interpolation: 'bicubic' or 'bilinear'.
     """
     top, left, height, width = box
     if (height, width) == size and top == int(top) and left == int(left):
@@ -79,14 +87,17 @@ def resize_box(
     pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     resized = pixels.resize(
         (size[1], size[0]),
-        Image.Resampling.BICUBIC,
+        INTERPOLATIONS[interpolation],
         box=(left, top, left + width, top + height),
     )
     return np.asarray(resized).reshape(*size, image.shape[2])
 
 
 def center_crop(
-    image: np.ndarray, size: tuple[int, int], fraction: float = 1.0
+    image: np.ndarray,
+    size: tuple[int, int],
+    fraction: float = 1.0,
+    interpolation: str = 'bicubic',
 ) -> np.ndarray:
     """Resizes the central part whose shape is that of `size`.
 
@@ -95,12 +106,14 @@ def center_crop(
       size: (height, width) of the result.
       fraction: side of the part, relative to the largest that fits. 0.875 is
         "resize to 256, crop 224".
+      interpolation: 'bicubic' or 'bilinear'.
     """
     h, w = image.shape[:2]
     scale = fraction * min(h / size[0], w / size[1])
     # Rounding must not let the part stick out of the image.
     height, width = min(size[0] * scale, h), min(size[1] * scale, w)
-    return resize_box(image, ((h - height) / 2, (w - width) / 2, height, width), size)
+    box = ((h - height) / 2, (w - width) / 2, height, width)
+    return resize_box(image, box, size, interpolation)
 
 
 def random_resized_crop(
@@ -108,6 +121,7 @@ def random_resized_crop(
     image: np.ndarray,
     size: tuple[int, int],
     min_scale: float = 0.08,
+    interpolation: str = 'bicubic',
 ) -> np.ndarray:
     """Resizes a random box: Inception's augmentation, arXiv 1409.4842, section 6.
 
@@ -122,8 +136,8 @@ def random_resized_crop(
         if 0 < width <= w and 0 < height <= h:
             top = int(rng.integers(0, h - height + 1))
             left = int(rng.integers(0, w - width + 1))
-            return resize_box(image, (top, left, height, width), size)
-    return center_crop(image, size)
+            return resize_box(image, (top, left, height, width), size, interpolation)
+    return center_crop(image, size, interpolation=interpolation)
 
 
 def random_pad_crop(
@@ -153,6 +167,7 @@ class TrainTransform:
       pad: pixels, for 'pad'.
       min_scale: smallest share of the area, for 'resized'.
       flip: whether to mirror half of the images.
+      interpolation: 'bicubic' or 'bilinear', where images are resized.
     """
 
     size: tuple[int, int]
@@ -161,6 +176,7 @@ class TrainTransform:
     pad: int = 0
     min_scale: float = 0.08
     flip: bool = False
+    interpolation: str = 'bicubic'
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -171,9 +187,11 @@ class TrainTransform:
     ) -> dict[str, Any]:
         image = decode_image(example['image'], self.channels, example['name'])
         if self.crop == 'resized':
-            image = random_resized_crop(rng, image, self.size, self.min_scale)
+            image = random_resized_crop(
+                rng, image, self.size, self.min_scale, self.interpolation
+            )
         else:
-            image = center_crop(image, self.size)
+            image = center_crop(image, self.size, interpolation=self.interpolation)
         if self.crop == 'pad':
             image = random_pad_crop(rng, image, self.pad)
         if self.flip:
@@ -188,16 +206,17 @@ class EvalTransform:
     Attributes:
       size: (height, width) of the result.
       channels: 1 or 3.
-      crop_fraction: see `center_crop`.
+      crop_fraction, interpolation: see `center_crop`.
     """
 
     size: tuple[int, int]
     channels: int
     crop_fraction: float = 1.0
+    interpolation: str = 'bicubic'
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         image = decode_image(example['image'], self.channels, example['name'])
-        image = center_crop(image, self.size, self.crop_fraction)
+        image = center_crop(image, self.size, self.crop_fraction, self.interpolation)
         return _example(image, example['label'], example['weight'], self)
 
 

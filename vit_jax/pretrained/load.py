@@ -1,0 +1,181 @@
+"""Weights from anywhere, as the variables of a model, with a report of every leaf."""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vit_jax.errors import UserError, some, times
+from vit_jax.layers.position import resize_learned
+from vit_jax.pretrained.plan import PREFIX, Plan, Step, make_plan
+from vit_jax.pretrained.report import Report
+from vit_jax.pretrained.source import Source, open_source
+from vit_jax.typing import Array, PRNGKey, Shape, Variables
+
+
+def load_variables(
+    path: str | os.PathLike,
+    model: nn.Module,
+    image_size: int | tuple[int, int],
+    *,
+    channels: int = 3,
+    new_head: bool = False,
+    grid: Shape | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    rng: PRNGKey | None = None,
+) -> tuple[Variables, Report]:
+    """Loads weights of any format there is, for images of any size.
+
+    Args:
+      path: a file (Google's `.npz`, `.safetensors`, `.pth`, whatever its name is); a
+        folder (Hugging Face's, that of `vit_jax export`, the workdir of a run); or an
+        address ('hf:timm/convit_tiny.fb_in1k', 'augreg:...', 'https://...').
+      model: whose variables they become.
+      image_size: of the images that the model will see, one side or (height, width).
+      channels: of these images.
+      new_head: leave the file's classifier, and start a new one.
+      grid: of the learned positions in the file, where the file does not tell and
+        they are not of a square.
+      sharding: of every leaf; None for the default device.
+      rng: key of a new head; None for `jax.random.key(0)`.
+
+    Returns:
+      The variables, of the model's own dtypes, and what became of every leaf. Learned
+      positions are resized (cubic, antialiased) from the file's grid to the model's.
+
+    Raises:
+      UserError: for a file that cannot be read, and for leaves that are in one of file
+        and model only, or differ in shape; names them.
+    """
+    size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+
+    def init(rng: PRNGKey) -> dict[str, Array]:
+        image = jnp.zeros((1, *size, channels))
+        return flatten_dict(model.init({'params': rng}, image, train=False), sep='/')
+
+    rng = jax.random.key(0) if rng is None else rng
+    shapes = jax.eval_shape(init, rng)
+    source = open_source(path)
+    plan = make_plan(source, shapes, new_head=new_head, grid=grid)
+
+    found: dict[str, Array] = {}
+    casts: list[str] = []
+    not_finite: list[str] = []
+    for step in plan.steps:
+        if step.array.dtype != shapes[step.parts[0][0]].dtype:
+            casts.append(f'{step.array.dtype}')
+        for leaf, x in _read(step):
+            x = x.astype(shapes[leaf].dtype, copy=False)
+            if not np.isfinite(x).all():
+                not_finite.append(leaf)
+            if leaf in plan.resized:
+                x = _resize(x, plan.resized[leaf][1])
+            found[leaf] = _put(x, sharding)
+    for leaf, x in _initialise(plan, init, rng).items():
+        found[leaf] = _put(x, sharding)
+
+    report = Report(
+        source=f'{source.file.path} ({plan.format})',
+        loaded=tuple(k for k in found if k not in {**plan.resized, **plan.initialised}),
+        resized={
+            leaf: f'{times(old)} -> {times(new)}'
+            for leaf, (old, new) in plan.resized.items()
+        },
+        initialised=plan.initialised,
+        ignored=plan.ignored,
+        notes=(
+            *source.file.notes,
+            *plan.notes,
+            *_note_values(casts, not_finite),
+            *_note_differences(source, model),
+        ),
+        metadata=source.metadata,
+    )
+    return unflatten_dict({k: found[k] for k in shapes}, sep='/'), report
+
+
+def load_params(
+    path: str | os.PathLike,
+    model: nn.Module,
+    image_size: int | tuple[int, int],
+    **kwargs: Any,
+) -> tuple[Variables, Report]:
+    """`load_variables` for models that have parameters alone.
+
+    Args:
+      path, model, image_size, **kwargs: see `load_variables`.
+
+    Returns:
+      The collection 'params', and the report.
+
+    Raises:
+      UserError: as `load_variables`; and for a model that has other collections, such
+        as the statistics of BatchNorm.
+    """
+    variables, report = load_variables(path, model, image_size, **kwargs)
+    if others := sorted(variables.keys() - {'params'}):
+        raise UserError(
+            f'{type(model).__name__} has {some(others)} beside its parameters; use '
+            'load_variables'
+        )
+    return variables['params'], report
+
+
+def _read(step: Step) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves that an array of the file stands for."""
+    x = step.array.read().reshape(step.shape)
+    shapes = [shape for _, shape in step.parts]
+    if step.layout is None:
+        lengths = [math.prod(shape[:-1]) for shape in shapes]
+    else:
+        lengths = [step.layout.shape(shape)[0] for shape in shapes]
+    parts = np.split(x, np.cumsum(lengths)[:-1]) if len(lengths) > 1 else [x]
+    for (leaf, shape), part in zip(step.parts, parts):
+        read = step.layout.read if step.layout else np.reshape
+        yield leaf, read(part, shape)
+
+
+def _resize(grid: np.ndarray, size: Shape) -> np.ndarray:
+    return np.asarray(resize_learned({'grid': jnp.asarray(grid)}, size)['grid'])
+
+
+def _put(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> Array:
+    """The array on the devices, each of which gets its own slice alone."""
+    if sharding is None:
+        return jnp.array(x)  # a copy: the file may be written to
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: np.array(x[i]))
+
+
+def _initialise(plan: Plan, init, rng: PRNGKey) -> dict[str, np.ndarray]:
+    """The leaves that no file has."""
+    fresh = [leaf for leaf in plan.initialised if leaf != PREFIX]
+    # Jitted, so that nothing else is computed.
+    values = jax.jit(lambda rng: {leaf: init(rng)[leaf] for leaf in fresh})(rng)
+    if PREFIX in plan.initialised:
+        values[PREFIX] = jnp.zeros_like(jax.eval_shape(init, rng)[PREFIX])
+    return jax.device_get(values)
+
+
+def _note_values(casts: list[str], not_finite: list[str]) -> Iterator[str]:
+    for dtype in sorted(set(casts)):
+        count = casts.count(dtype)
+        yield f"{count} array(s) of the file are {dtype}, cast to the model's"
+    if not_finite:
+        yield f'warning: values that are not finite in {some(not_finite)}'
+
+
+def _note_differences(source: Source, model: nn.Module) -> Iterator[str]:
+    """What the weights were trained with, where the model differs from it."""
+    about = (source.metadata or {}).get('model', {})
+    for field in ('activation', 'layer_norm_eps'):
+        if hasattr(model, field) and field in about:
+            theirs, ours = about[field], getattr(model, field)
+            if theirs != ours:
+                trained = f'trained with {field}={theirs!r}'
+                yield f'warning: {trained}, the model has {ours!r}'

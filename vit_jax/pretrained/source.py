@@ -1,0 +1,101 @@
+"""Where weights come from: an address, a file, a folder; and what is known of them."""
+
+import json
+import os
+import pathlib
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from vit_jax.checkpoint import load_metadata, restore_variables, stored_shapes
+from vit_jax.errors import UserError
+from vit_jax.pretrained.fetch import fetch, is_address
+from vit_jax.pretrained.files import LazyArray, WeightFile, open_weights
+from vit_jax.pretrained.published import find_published, from_hugging_face
+
+# In the header of a safetensors file: our names and layouts, not those of PyTorch.
+NATIVE = 'vit_jax'
+
+
+class Source(NamedTuple):
+    """Weights that can be read, and what they say of themselves.
+
+    Attributes:
+      file: their arrays.
+      metadata: as in a checkpoint (model, classes, preprocessing), or None where
+        nothing is known.
+      native: whether the names are paths of our variables.
+      step: of the checkpoint, of the workdir of a run.
+    """
+
+    file: WeightFile
+    metadata: dict[str, Any] | None
+    native: bool
+    step: int | None = None
+
+
+def open_source(path: str | os.PathLike) -> Source:
+    """Opens weights; reads no array yet.
+
+    Args:
+      path: see `load_variables`.
+
+    Raises:
+      UserError: when nothing is there, or it is not what it should be.
+    """
+    name = os.fspath(path)
+    published = find_published(name)
+    local = fetch(name) if is_address(name) else pathlib.Path(name)
+    if (local / 'checkpoints').is_dir():
+        return _open_workdir(local)
+    file = open_weights(local)
+    metadata = published or _read_metadata(local, file)
+    return Source(file, metadata, native=file.metadata.get('format') == NATIVE)
+
+
+def _read_metadata(path: pathlib.Path, file: WeightFile) -> dict[str, Any] | None:
+    """What stands beside the arrays, or in their header."""
+    if NATIVE in file.metadata:
+        return _parse(file.metadata[NATIVE], f'the header of {file.path}')
+    folder = path if path.is_dir() else path.parent
+    for name, understand in (
+        ('metadata.json', lambda content: content),
+        ('config.json', from_hugging_face),
+    ):
+        # Beside a file of another name they may be those of other weights.
+        if (folder / name).is_file() and (path.is_dir() or path.stem == 'model'):
+            return understand(_parse((folder / name).read_text(), str(folder / name)))
+    return None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f'{where} is damaged: {error}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{where} is damaged: it holds no JSON object')
+    return content
+
+
+def _open_workdir(workdir: pathlib.Path) -> Source:
+    """The newest checkpoint of a run."""
+    step, metadata = load_metadata(workdir)
+    shapes = stored_shapes(workdir, step)
+    restored: dict[str, np.ndarray] = {}
+
+    def read(name: str) -> np.ndarray:
+        if not restored:  # all at once, when the first is asked for
+            variables = restore_variables(workdir, step, shapes)
+            restored.update(jax.device_get(flatten_dict(variables, sep='/')))
+        return restored.pop(name)
+
+    arrays = {
+        name: LazyArray(x.shape, np.dtype(x.dtype), partial(read, name))
+        for name, x in flatten_dict(shapes, sep='/').items()
+    }
+    file = WeightFile(f'{workdir} at step {step}', 'workdir', arrays, {}, [])
+    return Source(file, metadata, native=True, step=step)
