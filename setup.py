@@ -56,7 +56,7 @@ setup(
         ],
         # TensorFlow, for TFDS to prepare the datasets it downloads itself.
         'prepare': ['tensorflow>=2.18,<3'],
-        'torch': ['torch>=2.4,<3'],
+        'torch': ['torch>=2.10,<3'],
         'text': ['sentencepiece>=0.2,<0.3', 'sacrebleu>=2.4,<3'],
         'tpu': ['jax[tpu]>=0.10,<0.12'],
         'gpu': ['jax[cuda12]>=0.10,<0.12'],

@@ -16,7 +16,7 @@ STEPS_PER_EPOCH = 50_000 / 512
 
 
 def get_config(variant=None):
-    smoke = choose_variant(variant, 'smoke') == 'smoke'
+    variant = choose_variant(variant, 'smoke', 'small')
     config = default_config()
     config.model.name = 'ConViT-Ti/4'
     config.model.kwargs = {'drop_path_rate': 0.1}
@@ -31,7 +31,7 @@ def get_config(variant=None):
     config.optim.label_smoothing = 0.1
     config.optim.clip_norm = 1.0
     config.dtype = 'bfloat16'
-    if smoke:  # generated images, a smaller model
+    if variant == 'smoke':  # generated images, a smaller model
         config.model.kwargs = {
             'drop_path_rate': 0.1,
             'width': 24,
@@ -44,4 +44,17 @@ def get_config(variant=None):
         config.num_epochs = None
         config.num_steps = 3
         config.optim.warmup_steps = 1
+    if variant == 'small':  # minutes on a CPU, to try things out; not the recipe
+        config.model.kwargs = {
+            'width': 64,
+            'depth': 4,
+            'mlp_dim': 128,
+            'num_heads': 4,
+            'num_local_layers': 3,
+        }
+        config.batch_size = 64
+        config.num_epochs = None
+        config.num_steps = 1500
+        config.optim.warmup_steps = 100
+        config.dtype = 'float32'
     return config

@@ -21,11 +21,11 @@ from vit_jax.data.datasets import Dataset, load_dataset, pick_eval_split, subsam
 from vit_jax.data.input_pipeline import Shard, eval_batches, train_batches
 from vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, TrainTransform
 from vit_jax.errors import UserError, unknown
-from vit_jax.layers.patch import resolve_patch
 from vit_jax.models import build_model
 from vit_jax.optim import make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
 from vit_jax.pretrained import Report, load_variables
+from vit_jax.pretrained.published import model_facts
 from vit_jax.state import TrainState
 from vit_jax.tasks import get_task
 from vit_jax.tasks.classify import Settings
@@ -163,7 +163,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
                 'kwargs': c.model.kwargs,
                 'num_classes': len(dataset.class_names),
                 'dtype': c.dtype,
-                **_facts(model, image_size),
+                **model_facts(model, image_size),
             },
             'dataset': dataset.name,
             'eval_split': c.dataset.eval_split or pick_eval_split(dataset),
@@ -342,15 +342,3 @@ def _load(
         new_head=c.init.new_head,
         rng=rng,  # as in `init`: a new head is the one that a fresh model has
     )
-
-
-def _facts(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
-    """What shapes do not tell: grid and prefix tokens, GELU, epsilon."""
-    fields = ('activation', 'layer_norm_eps')
-    facts = {k: getattr(model, k) for k in fields if hasattr(model, k)}
-    patch = getattr(model, 'patch_size', None)
-    if patch is None:
-        return facts
-    grid = [n // p for n, p in zip(image_size, resolve_patch(patch, 2))]
-    prefix_tokens = getattr(model, 'num_prefix_tokens', 0)
-    return {**facts, 'grid': grid, 'prefix_tokens': prefix_tokens}
