@@ -27,10 +27,11 @@ setup(
         'absl-py>=2.1,<3',
         'array-record>=0.7,<0.9',
         'chex>=0.1.90,<0.2',
+        'filelock>=3.13,<5',
         'flatbuffers>=24,<26',  # jax.export's format
         'flax>=0.12,<0.13',
         'grain>=0.2.12,<0.3',
-        'huggingface-hub>=0.30,<3',
+        'huggingface-hub>=1.0,<3',
         'jax>=0.10,<0.12',
         'importlib-resources>=6,<8',  # TFDS imports it without asking for it
         'matplotlib>=3.9,<4',
