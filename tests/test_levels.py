@@ -15,7 +15,7 @@ LEVELS = (
     'models checkpoint workdir pretrained parallel decode',
     'tasks',
     'build',
-    'train evaluate benchmark maps pictures report summary sweep',
+    'train evaluate export benchmark maps pictures report summary sweep',
     'commands',
     'main',
 )

@@ -12,6 +12,8 @@ COMMANDS = {
     'evaluate': 'exact metrics of a trained model on a split',
     'predict': 'classes and probabilities of images',
     'attend': 'where a model attends in images, as pictures',
+    'convert': 'weights from one format to another, bit for bit',
+    'export': 'a trained model as a folder that runs on its own',
     'summarize': "a model's parameters, multiply-adds and activation memory",
     'check_data': 'what a config will read, with one decoded batch',
     'benchmark': 'time and memory of GPSA next to plain attention',

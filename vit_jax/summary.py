@@ -6,6 +6,7 @@ whose equations carry the name of the module that made them.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -50,9 +51,7 @@ def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
     Returns:
       Name of the block -> Cost; '(other)' for what no block did, where there is such.
     """
-    # The same cost on every machine: 'auto' differs between them.
-    if hasattr(model, 'attention_impl'):
-        model = model.clone(attention_impl='dense')
+    model = _same_everywhere(model)
     image = jnp.zeros((1, *image_shape))
     rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
     variables = jax.eval_shape(lambda: model.init(rngs, image, train=False))
@@ -93,9 +92,35 @@ def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
     }
 
 
+def count(model: nn.Module, image_shape: Shape) -> tuple[int, int]:
+    """Parameters and multiply-adds of the whole model: `total` without the memory.
+
+    Args:
+      model, image_shape: see `summarize`.
+
+    >>> from vit_jax.models import build_model
+    >>> count(build_model('DeiT-Ti/16', 1000), (224, 224, 3))
+    (5717416, 1253683200)
+    """
+    # One trace tells both, since initializers have no products.
+    init = partial(_same_everywhere(model).init_with_output, train=False)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    trace = jax.make_jaxpr(init, return_shape=True)
+    jaxpr, (_, variables) = trace(jax.random.key(0), image)
+    macs = sum(times * _macs(eqn) for _, eqn, times in _equations(jaxpr.jaxpr))
+    return count_params(variables['params']), macs
+
+
 def total(costs: Mapping[str, Cost]) -> Cost:
     """The sum of the blocks."""
     return Cost(*map(sum, zip(*costs.values())))
+
+
+def _same_everywhere(model: nn.Module) -> nn.Module:
+    """The model, with the same cost on every machine: 'auto' differs between them."""
+    if hasattr(model, 'attention_impl'):
+        return model.clone(attention_impl='dense')
+    return model
 
 
 def _equations(

@@ -1,7 +1,9 @@
 """vit_jax summarize"""
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from vit_jax.commands import options
 from vit_jax.errors import UserError
@@ -13,47 +15,134 @@ the compiler may keep less.
 
   vit_jax summarize --model=ConViT-S/16
   vit_jax summarize --model=ViT-B/8 --image_size=64,96 --json
+  vit_jax summarize --zoo
 """
+
+# What is summarised where the options do not say it.
+DEFAULTS = {'model': None, 'image_size': '224', 'channels': 3, 'num_classes': 1000}
+COLUMNS = [
+    'model',
+    'image',
+    'classes',
+    'parameters',
+    'MACs',
+    'top-1',
+    'compared',
+    'weights',
+]
 
 
 def main(argv: Sequence[str]) -> None:
     parser = options.make_parser(
-        'summarize', 'Parameters, MACs and activation memory per block.', epilog=EPILOG
+        'summarize',
+        'Parameters, MACs and activation memory per block; or the published weights.',
+        epilog=EPILOG,
     )
-    parser.add_argument('--model', required=True, help='name, or my_fork.nets:Net')
+    parser.add_argument('--model', help='name, or my_fork.nets:Net')
     parser.add_argument(
-        '--image_size', default='224', help='side, or height,width (default 224)'
+        '--zoo',
+        action='store_true',
+        help='the weights that others published, as a Markdown table: a minute',
     )
-    parser.add_argument(
-        '--channels', type=options.positive, default=3, help='default 3'
-    )
-    parser.add_argument(
-        '--num_classes', type=options.positive, default=1000, help='default 1000'
-    )
+    parser.add_argument('--image_size', help='side, or height,width (default 224)')
+    parser.add_argument('--channels', type=options.positive, help='default 3')
+    parser.add_argument('--num_classes', type=options.positive, help='default 1000')
     parser.add_argument('--json', action='store_true', help='JSON instead of a table')
     args = options.parse_strict(parser, argv)
-    size = _parse_size(args.image_size)
 
+    if args.model is None and not args.zoo:
+        parser.error('the following arguments are required: --model or --zoo')
+    for option, default in DEFAULTS.items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
+        elif args.zoo:
+            raise UserError(f'--zoo takes no --{option}: each row has its own')
+    size = _parse_size(args.image_size)
     options.quiet()
+    if args.zoo:
+        _print_zoo(args.json)
+    else:
+        _print_blocks(args.model, (*size, args.channels), args.num_classes, args.json)
+
+
+def _print_blocks(
+    name: str, shape: tuple[int, int, int], num_classes: int, as_json: bool
+) -> None:
     from vit_jax.models import build_model
     from vit_jax.summary import summarize, total
 
-    model = build_model(args.model, args.num_classes)
-    costs = summarize(model, (*size, args.channels))
+    costs = summarize(build_model(name, num_classes), shape)
     rows = {**costs, 'total': total(costs)}
-    if args.json:
+    if as_json:
         print(
             json.dumps({name: cost._asdict() for name, cost in rows.items()}, indent=2)
         )
         return
-    print(f'{args.model} at {size[0]}x{size[1]}x{args.channels}, one image')
+    print(f'{name} at {shape[0]}x{shape[1]}x{shape[2]}, one image')
     width = max(map(len, rows))
     print(f'{"block":{width}} {"parameters":>13} {"MACs":>9} {"activations":>12}')
-    for name, cost in rows.items():
+    for block, cost in rows.items():
         print(
-            f'{name:{width}} {cost.params:13,} {_si(cost.macs):>9} '
+            f'{block:{width}} {cost.params:13,} {_si(cost.macs):>9} '
             f'{cost.activation_bytes / 2**20:8.2f} MiB'
         )
+
+
+def _print_zoo(as_json: bool) -> None:
+    from vit_jax.pretrained.zoo import SOURCES
+
+    if as_json:
+        print(json.dumps(list(_zoo()), indent=2))
+        return
+    print(_line(COLUMNS))
+    print(_line(['---'] * len(COLUMNS)))
+    for row in _zoo():
+        cells = [
+            row['model'],
+            f'{row["image_size"]}²',
+            f'{row["num_classes"]:,}' if row['num_classes'] else 'features',
+            _si(row['params']),
+            _si(row['macs']),
+            f'{row["top1"]:g} ({row["source"]})' if row['source'] else '–',
+            row['compared'] or 'no',
+            '<br>'.join(f'`{address}`' for address in row['addresses']),
+        ]
+        print(_line(cells), flush=True)
+    sources = '; '.join(f'{name}: {where}' for name, where in SOURCES.items())
+    print(f"\nTop-1: per cent of ImageNet's validation set, as measured by {sources}.")
+    print(
+        'Compared: the implementation whose logits, or features, are the same on the '
+        'same random weights.'
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f'| {" | ".join(cells)} |'
+
+
+def _zoo() -> Iterator[dict[str, Any]]:
+    """A row of published weights after the other, with what its model costs."""
+    from vit_jax.models import build_model
+    from vit_jax.pretrained.zoo import COMPARED, ZOO
+    from vit_jax.summary import count
+
+    @functools.cache
+    def cost(name: str, num_classes: int | None, side: int, **kwargs: Any):
+        return count(build_model(name, num_classes, **kwargs), (side, side, 3))
+
+    for row in ZOO:
+        params, macs = cost(row.model, row.num_classes, row.image_size, **row.kwargs)
+        yield {
+            'model': row.model,
+            'image_size': row.image_size,
+            'num_classes': row.num_classes,
+            'params': params,
+            'macs': macs,
+            'top1': row.top1,
+            'source': row.source,
+            'compared': COMPARED.get(row.model),
+            'addresses': list(row.addresses),
+        }
 
 
 def _parse_size(text: str) -> tuple[int, int]:

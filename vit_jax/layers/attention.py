@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.layers.stochastic import Dropout
@@ -174,10 +175,12 @@ def auto_impl(
     mask: Array | None = None,
 ) -> str:
     """The `impl` that 'auto' stands for, from static facts only."""
-    platform = jax.default_backend()
+    # Of a batch of any size is an exported program, which is for every platform.
+    portable = is_symbolic_dim(query.shape[0])
     head_dim = query.shape[-1]
     if (
-        _has_cudnn_attention()
+        not portable
+        and _has_cudnn_attention()
         and query.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim % 8 == 0
         and head_dim <= 128
@@ -185,7 +188,7 @@ def auto_impl(
         and mask is None
     ):
         return 'cudnn'
-    if platform == 'cpu':
+    if portable or jax.default_backend() == 'cpu':
         # XLA's CPU backend runs our einsums faster than those of `jax.nn`.
         return 'dense' if key.shape[1] <= _MAX_PLAIN_TOKENS_CPU else 'chunked'
     return 'xla' if key.shape[1] <= _MAX_PLAIN_TOKENS else 'chunked'

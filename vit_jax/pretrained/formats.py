@@ -5,6 +5,7 @@ first is the one written.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from vit_jax.pretrained.naming import (
     CONV,
@@ -69,7 +70,7 @@ def _each(parent: str, *names: str) -> list[str]:
 
 _ATTENTION = 'block{i:02}/attention'
 _GPSA = {'only_with': f'params/{_ATTENTION}/gating'}
-_STAGES = {'only_with': 'params/stem/stage1_block1/conv1/kernel'}
+_STAGES: dict[str, Any] = {'only_with': 'params/stem/stage1_block1/conv1/kernel'}
 
 # timm, and with it the published DeiT, ConViT and DINOv2. The fused map of queries,
 # keys and values has no bias in some models; a ConViT's first blocks fuse two of them.

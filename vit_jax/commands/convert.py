@@ -1,0 +1,180 @@
+"""vit_jax convert"""
+
+import argparse
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vit_jax.commands import options
+from vit_jax.errors import UserError
+from vit_jax.typing import Shape
+
+if TYPE_CHECKING:  # --help is quick
+    import flax.linen as nn
+
+    from vit_jax.pretrained.source import Source
+
+EPILOG = """\
+SRC is what --weights of other commands takes: a workdir, an exported folder, a file of
+any format, an address. What DST ends in says what is written:
+  .npz                    Google's names and layouts (ViT, hybrids, BiT)
+  .safetensors, .pth      those of timm (ViT, ConViT, hybrids, BiT) and torchvision
+                          (ResNet); safetensors keeps classes and preprocessing too
+  nothing                 a folder of this project, for any model
+
+The model is what SRC says it is; else that of --like, the published weights of which it
+is a copy; else --model. Every number stays as it is: positions are not resized.
+
+  vit_jax convert /tmp/digits digits.safetensors
+  vit_jax convert hf:timm/convit_tiny.fb_in1k /tmp/convit_tiny
+  vit_jax convert mine.npz mine.pth --model=ViT-B/16
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = options.make_parser(
+        'convert', 'Weights from one format to another, bit for bit.', epilog=EPILOG
+    )
+    parser.add_argument('src', metavar='SRC')
+    parser.add_argument('dst', metavar='DST')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        '--like', metavar='ADDRESS', help='published weights that SRC is a copy of'
+    )
+    which.add_argument('--model', help='name of the model, where SRC does not tell')
+    parser.add_argument(
+        '--grid',
+        metavar='ROWSxCOLUMNS',
+        help="of SRC's positions, where it does not tell and they are of no square",
+    )
+    parser.add_argument(
+        '--image_size',
+        metavar='HEIGHTxWIDTH',
+        help='of the images, where the variables depend on it beyond the positions',
+    )
+    parser.add_argument(
+        '--channels', type=options.positive, help='of the images (default 3)'
+    )
+    parser.add_argument('--force', action='store_true', help='overwrite DST')
+    args = options.parse_strict(parser, argv)
+    grid, image_size = (_parse_size(args, name) for name in ('grid', 'image_size'))
+
+    options.quiet()
+    from vit_jax.build import make_model
+    from vit_jax.pretrained import convert, load_variables
+    from vit_jax.pretrained.source import open_source
+
+    dst = pathlib.Path(args.dst)
+    if dst.suffix and dst.suffix not in convert.NAMINGS:
+        raise UserError(
+            f'DST {dst} ends in {dst.suffix!r}; let it end in one of '
+            f'{", ".join(convert.NAMINGS)}, or in nothing for a folder'
+        )
+    convert.check_free(dst, args.force)
+    source = open_source(args.src)
+    metadata = _read_metadata(args, source)
+    about, preprocessing = metadata['model'], metadata.get('preprocessing', {})
+    grid = grid or tuple(about.get('grid', ())) or None
+    channels = args.channels or preprocessing.get('channels', 3)
+    model = make_model(
+        about['name'], about['num_classes'], about['dtype'], about['kwargs']
+    )
+    size = image_size or _find_size(source, model, preprocessing, channels, grid)
+    variables, report = load_variables(
+        args.src, model, size, channels=channels, grid=grid
+    )
+    for path, sizes in report.resized.items():
+        raise UserError(
+            f'{path} would be resized, {sizes}, and `convert` changes no number: leave '
+            '--image_size out'
+        )
+
+    metadata = convert.with_grid(metadata, variables)
+    metadata.pop('program', None)  # an exported one stays behind
+    if dst.suffix:
+        renamed = convert.to_published(variables, dst.suffix)
+        convert.write_file(dst, renamed, metadata)
+        notes = [*renamed.notes, *_note_fields(model, dst.suffix)]
+    else:
+        arrays, notes = convert.to_arrays(variables), []
+        renamed = convert.Renamed("this project's own names", arrays, notes)
+        convert.write_folder(dst, arrays, metadata)
+    wrote = f'wrote {dst}: {len(renamed.arrays)} arrays ({renamed.format})'
+    print(report.summary(), *notes, wrote, sep='\n', file=sys.stderr)
+
+
+def _parse_size(args: argparse.Namespace, name: str) -> tuple[int, int] | None:
+    text = getattr(args, name)
+    if text is None:
+        return None
+    match = re.fullmatch(r'([1-9]\d*)(?:[x,]([1-9]\d*))?', text)
+    if match is None:
+        raise UserError(f'--{name} is 14 or 14x20 (height x width), not {text!r}')
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _read_metadata(args: argparse.Namespace, source: 'Source') -> dict[str, Any]:
+    """What is known of the weights; at least of which model they are."""
+    from vit_jax.pretrained.convert import count_classes
+    from vit_jax.pretrained.published import find_published
+
+    if args.model:
+        name, num_classes = args.model, count_classes(source)
+        about = {'name': name, 'num_classes': num_classes, 'dtype': 'float32'}
+        return {'model': {**about, 'kwargs': {}}}
+    metadata = find_published(args.like) if args.like else source.metadata
+    if metadata is not None and 'model' in metadata:
+        return metadata
+    if args.like:
+        raise UserError(
+            f'--like={args.like} is no address of published weights; '
+            '`vit_jax summarize --zoo` lists them'
+        )
+    raise UserError(
+        f'{args.src} does not say which model it is of; name it by --model=NAME, or '
+        'the published weights that it is a copy of by --like=ADDRESS'
+    )
+
+
+def _find_size(
+    source: 'Source',
+    model: 'nn.Module',
+    preprocessing: dict[str, Any],
+    channels: int,
+    grid: Shape | None,
+) -> tuple[int, int]:
+    """Height and width of the images whose patches are the positions in the file."""
+    import jax
+    import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict
+
+    from vit_jax.layers.patch import resolve_patch
+    from vit_jax.pretrained.plan import GRID, make_plan
+
+    patch = resolve_patch(getattr(model, 'patch_size', 1), 2)
+    height, width = preprocessing.get('image_size', (224 // p * p for p in patch))
+    image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    leaves = flatten_dict(shapes, sep='/')
+    plan = make_plan(source, leaves, grid=grid)
+    if GRID not in plan.resized:
+        return height, width
+    rows, cols = plan.resized[GRID][0]
+    return rows * patch[0], cols * patch[1]
+
+
+def _note_fields(model: 'nn.Module', suffix: str) -> Iterator[str]:
+    """Fields of the model that its reader must be told, for names do not."""
+    if not hasattr(model, 'activation'):
+        return
+    usual = {
+        'activation': 'gelu_tanh' if suffix == '.npz' else 'gelu',
+        'layer_norm_eps': 1e-6,
+        'pool': 'cls',
+    }
+    fields = {name: getattr(model, name) for name in usual if hasattr(model, name)}
+    unusual = [f'{k}={v!r}' for k, v in fields.items() if v != usual[k]]
+    if unusual:
+        yield f'the names do not tell {", ".join(unusual)}: its reader must know'
