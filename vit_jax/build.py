@@ -26,6 +26,7 @@ from vit_jax.optim import make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
 from vit_jax.pretrained import Report, load_variables
 from vit_jax.pretrained.published import model_facts
+from vit_jax.pretrained.zoo import HALF, IMAGENET
 from vit_jax.state import TrainState
 from vit_jax.tasks import get_task
 from vit_jax.tasks.classify import Settings
@@ -35,8 +36,8 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 # Mean and standard deviation of the pixels, in [0, 1].
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    'half': ((0.5,), (0.5,)),
-    'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    'half': HALF,
+    'imagenet': IMAGENET,
 }
 
 

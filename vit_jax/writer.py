@@ -115,12 +115,15 @@ class Progress:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Metrics in one line, accuracies in per cent.
+    """Metrics in one line, accuracies in per cent, counts in full.
 
-    >>> format_metrics({'loss': 0.123456, 'accuracy': 0.98765})
-    'loss 0.1235  accuracy 98.77%'
+    >>> format_metrics({'loss': 0.123456, 'accuracy': 0.98765, 'examples': 50_000})
+    'loss 0.1235  accuracy 98.77%  examples 50,000'
     """
-    return '  '.join(
-        f'{name} {100 * value:.2f}%' if 'accuracy' in name else f'{name} {value:.4g}'
-        for name, value in metrics.items()
-    )
+
+    def text(name: str, value: float) -> str:
+        if isinstance(value, int):
+            return f'{value:,}'
+        return f'{100 * value:.2f}%' if 'accuracy' in name else f'{value:.4g}'
+
+    return '  '.join(f'{name} {text(name, value)}' for name, value in metrics.items())

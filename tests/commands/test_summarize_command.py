@@ -3,7 +3,9 @@ import json
 import pytest
 
 from vit_jax.models import build_model
-from vit_jax.summary import summarize, total
+from vit_jax.pretrained import zoo
+from vit_jax.pretrained.zoo import Weights
+from vit_jax.summary import count, summarize, total
 
 pytest_plugins = ['command_fixtures']
 
@@ -54,3 +56,76 @@ def test_table(run, costs):
 def test_sizes_of_images(run, argv, title):
     _, out, _ = run('summarize', '--model=CNN', *argv)
     assert out.splitlines()[0] == title
+
+
+ROWS = (
+    Weights(
+        'DeiT-Ti/16', 71.25, ('hf:a/b', 'https://c/d.pth'), 'ConViT', image_size=32
+    ),
+    Weights('CNN', None, ('hf:e/f',), num_classes=None, image_size=16),
+)
+
+
+@pytest.fixture
+def small_zoo(monkeypatch):
+    monkeypatch.setattr(zoo, 'ZOO', ROWS)
+    monkeypatch.setattr(zoo, 'COMPARED', {'CNN': 'that of x 1.2'})
+
+
+def test_zoo_as_json(run, small_zoo):
+    code, out, err = run('summarize', '--zoo', '--json')
+    assert (code, err) == (0, '')
+    first, second = json.loads(out)
+    cost = total(summarize(build_model('DeiT-Ti/16', 1000), (32, 32, 3)))
+    assert first == {
+        'model': 'DeiT-Ti/16',
+        'image_size': 32,
+        'num_classes': 1000,
+        'params': cost.params,
+        'macs': cost.macs,
+        'top1': 71.25,
+        'source': 'ConViT',
+        'compared': None,
+        'addresses': ['hf:a/b', 'https://c/d.pth'],
+    }
+    cost = total(summarize(build_model('CNN', None), (16, 16, 3)))
+    assert (second['params'], second['macs']) == (cost.params, cost.macs)
+    assert (second['num_classes'], second['top1']) == (None, None)
+    assert second['compared'] == 'that of x 1.2'
+
+
+def test_zoo_as_a_table(run, small_zoo):
+    code, out, err = run('summarize', '--zoo')
+    assert (code, err) == (0, '')
+    header, line, first, second, empty, *notes = out.splitlines()
+    assert header.split(' | ')[-1] == 'weights |'
+    assert line == '| --- | --- | --- | --- | --- | --- | --- | --- |'
+    params, macs = count(build_model('DeiT-Ti/16', 1000), (32, 32, 3))
+    assert first == (
+        f'| DeiT-Ti/16 | 32² | 1,000 | {params / 1e6:.4g}M | {macs / 1e6:.4g}M | '
+        '71.25 (ConViT) | no | `hf:a/b`<br>`https://c/d.pth` |'
+    )
+    assert second.startswith('| CNN | 16² | features | ')
+    assert second.endswith(' | – | that of x 1.2 | `hf:e/f` |')
+    assert empty == ''
+    assert 'ConViT: arXiv 2103.10697' in notes[0]
+
+
+@pytest.mark.parametrize(
+    ('name', 'size'),
+    [('ConViT-Ti/16', 48), ('R26+ViT-S/32', 64), ('ResNet-18', 40), ('BiT-R50x1', 40)],
+)
+def test_the_zoo_counts_what_the_blocks_sum_up_to(name, size):
+    model = build_model(name, 7)
+    cost = total(summarize(model, (size, size, 3)))
+    assert count(model, (size, size, 3)) == (cost.params, cost.macs)
+
+
+@pytest.mark.parametrize(
+    'option', ['--model=CNN', '--image_size=32', '--channels=1', '--num_classes=7']
+)
+def test_the_zoo_takes_no_model(fails, option):
+    name = option.partition('=')[0]
+    assert fails('summarize', '--zoo', option) == (
+        f'--zoo takes no {name}: each row has its own'
+    )

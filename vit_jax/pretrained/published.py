@@ -3,7 +3,7 @@
 Everything is said as a checkpoint of this project says it, see `vit_jax.build`. The
 names of ImageNet's classes are those of WordNet 3.0 (copyright 2006 by Princeton
 University, all rights reserved; https://wordnet.princeton.edu), in the order of their
-ids: the first lemma, or as much more as tells two classes apart.
+ids: the first lemma; where two classes share it, more lemmas or the hypernym too.
 """
 
 import collections

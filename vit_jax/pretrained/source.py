@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoint import load_metadata, restore_variables, stored_shapes
 from vit_jax.errors import UserError
 from vit_jax.pretrained.fetch import fetch, is_address
 from vit_jax.pretrained.files import LazyArray, WeightFile, open_weights
@@ -83,6 +82,9 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 def _open_workdir(workdir: pathlib.Path) -> Source:
     """The newest checkpoint of a run."""
+    # Not above: Orbax would be half of the time that `import vit_jax` takes.
+    from vit_jax.checkpoint import load_metadata, restore_variables, stored_shapes
+
     step, metadata = load_metadata(workdir)
     shapes = stored_shapes(workdir, step)
     restored: dict[str, np.ndarray] = {}

@@ -1,6 +1,6 @@
 """The table of weights that others published.
 
-Image sizes, crops and interpolation are those that timm 1.0.31 has for the same weights;
+Image sizes, crops and interpolation are those of timm 1.0.31 for the same weights;
 epsilons are those of the published code. Google trained with Flax's GELU, the tanh
 approximation, wherever the weights lie by now; timm and transformers compute the exact
 one with them.
