@@ -158,7 +158,7 @@ def test_a_forks_modules_are_found_where_the_user_is(run, tmp_path, monkeypatch)
         (
             ['predict', '--weights=/none', __file__],
             1,
-            'vit_jax: error: /none is not the workdir of a run',
+            'vit_jax: error: no such file or folder: /none',
         ),
         (['summarize', '--model=CNN', '--image_size=8'], 0, ''),
         (['train', '--help'], 0, ''),

@@ -164,8 +164,9 @@ def test_a_square_is_assumed_aloud_and_only_where_nothing_else_is_as_likely(writ
     assert 'may be 4x9' in refuses(path, size=(8, 18))
     assert load(path, size=(8, 18), grid=(6, 6))[1].resized
     assert not load(path, size=(8, 18), grid=(4, 9))[1].resized
-    # 25 positions: those of 4x6 and of a class token, or of 5x5 alone?
     assert 'may be 4x6' in refuses(write(small_arrays()))
+    # 25 positions, of 4x6 and a class token: not of 5x5 alone.
+    assert '25 positions' in refuses(write(small_arrays()), size=(8, 10))
 
 
 def test_a_grid_that_is_not_that_of_the_positions(write):
@@ -260,8 +261,12 @@ def test_two_arrays_for_one_leaf(write):
 
 
 def test_another_size_of_model(write):
-    message = refuses(write(small_arrays(), grid=[4, 6]), small_vit(mlp_dim=11))
+    path = write(small_arrays(), grid=[4, 6])
+    message = refuses(path, small_vit(mlp_dim=11))
     assert 'fc1.weight is 10x6 in the file, the model needs 11x6' in message
+    assert 'new_head' not in message
+    message = refuses(path, small_vit(mlp_dim=11, num_classes=5))
+    assert 'new_head' not in message
 
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float64, ml_dtypes.bfloat16])

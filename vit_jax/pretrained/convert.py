@@ -29,6 +29,7 @@ from vit_jax.typing import Variables
 
 # What a folder of this project holds; a program only where it was exported.
 WEIGHTS, METADATA, PROGRAM = 'model.safetensors', 'metadata.json', 'program.bin'
+_OURS = {WEIGHTS, METADATA, PROGRAM}
 
 # Which table is written: by the end of the file's name, and by what the model is.
 _TORCH = {'patches': TIMM, 'bit': TIMM_BIT, 'resnet': TORCHVISION}
@@ -163,9 +164,6 @@ def check_free(path: pathlib.Path, force: bool = False) -> None:
         taken = path.exists()
     if taken and not force:
         raise UserError(f'{path} exists already; choose another, or pass --force')
-
-
-_OURS = {WEIGHTS, METADATA, PROGRAM}
 
 
 def write_file(

@@ -24,6 +24,7 @@ from vit_jax.pretrained.source import Source
 from vit_jax.typing import Shape
 
 GRID, PREFIX = 'params/posemb/grid', 'params/posemb/prefix'
+REGISTERS = 'params/registers/tokens'
 
 # The classifier, and the layer that some models have before it.
 _HEAD = re.compile(r'params/head/((dist_)?logits/|pre_logits/)?(kernel|bias)')
@@ -163,7 +164,9 @@ def _place_positions(
     prefix = shapes.get(PREFIX, (0,))[0]
     count = math.prod(array.shape[:-1])
     if old is None:
-        old = _square_grid(name, count, prefix, tuple(grid))
+        # Published files leave out the prefix only where there are registers.
+        sizes = [count - prefix] + [count] * (REGISTERS in shapes)
+        old = _square_grid(name, count, sizes, tuple(grid))
         plan.notes.append(
             f'{name}: the file does not tell its grid, {times(old)} is assumed'
         )
@@ -188,14 +191,13 @@ def _stored_grid(source: Source) -> Shape | None:
     return tuple(grid) if grid else None
 
 
-def _square_grid(name: str, count: int, prefix: int, grid: Shape) -> Shape:
+def _square_grid(name: str, count: int, sizes: Sequence[int], grid: Shape) -> Shape:
     """The square that the published files have, where no other grid is as likely."""
     if len(grid) == 1:
-        return (count - prefix,)
-    sizes = [size for size in (count - prefix, count) if size > 0]
+        return (sizes[0],)
     if math.prod(grid) not in sizes or len(set(grid)) == 1:
         for size in sizes:
-            if math.isqrt(size) ** 2 == size and len(grid) == 2:
+            if size > 0 and math.isqrt(size) ** 2 == size and len(grid) == 2:
                 return (math.isqrt(size),) * 2
     raise UserError(
         f'{name} has {count} positions, and the file does not tell their grid, which '
@@ -211,14 +213,13 @@ def _check(
     strange: Sequence[str],
 ) -> None:
     """Raises UserError for what does not fit, naming both sides."""
-    faults, hint = [], ''
+    faults, heads = [], []  # what is wrong, and whether only with the classifier
     filled: dict[str, list[str]] = collections.defaultdict(list)
     for step in plan.steps:
         for part, _ in step.parts:
             filled[part].append(step.name)
         if _lengths(step.array.shape) != _lengths(step.shape):
-            heads = all(_HEAD.fullmatch(part) for part, _ in step.parts)
-            hint = hint or _NEW_HEAD * heads
+            heads.append(all(_HEAD.fullmatch(part) for part, _ in step.parts))
             faults.append(
                 f'{step.name} is {times(step.array.shape) or "a number"} in the file, '
                 f'the model needs {times(step.shape)}'
@@ -229,19 +230,17 @@ def _check(
         faults.append(f'the file has {some(strange)}, which the model has not')
     missing = [p for p in leaves if p not in filled and p not in plan.initialised]
     if missing:
-        hint = hint or _NEW_HEAD * all(map(_HEAD.fullmatch, missing))
+        heads.append(all(map(_HEAD.fullmatch, missing)))
         faults.append(f'the model has {some(missing)}, which the file has not')
     for part, names in filled.items():
         if len(names) > 1:
             faults.append(f'the file has {some(names)} for one {part}')
     if faults:
+        hint = '. For other classes pass new_head=True (config.init.new_head)'
         raise UserError(
-            f'{path} ({plan.format}) does not fit the model: '
-            f'{"; ".join(faults[:3])}{hint}'
+            f'{path} ({plan.format}) does not fit the model: {"; ".join(faults[:3])}'
+            + hint * (len(heads) == len(faults) and all(heads))
         )
-
-
-_NEW_HEAD = '. For other classes pass new_head=True (config.init.new_head)'
 
 
 def _lengths(shape: Shape) -> Shape:
