@@ -67,6 +67,7 @@ def test_run_of_a_vit():
         'prefix_tokens': 1,
         'activation': 'gelu',
         'layer_norm_eps': 1e-6,
+        'num_heads': 2,
     }
     assert run.metadata['class_names'] == [f'class_{i}' for i in range(7)]
     assert run.metadata['eval_split'] == 'test'

@@ -5,7 +5,9 @@ All that trains, evaluates or looks at an experiment takes a `Run`.
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection
+import os
+import pathlib
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,7 @@ from vit_jax.models import build_model
 from vit_jax.optim import make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
 from vit_jax.pretrained import Report, load_variables
+from vit_jax.pretrained.metadata import check_runs_no_code
 from vit_jax.pretrained.published import model_facts
 from vit_jax.pretrained.zoo import HALF, IMAGENET
 from vit_jax.state import TrainState
@@ -199,6 +202,24 @@ def make_model(
         if key in kwargs:
             raise UserError(f'model.kwargs.{key} is not for the config to set')
     return build_model(name, num_classes, dtype=DTYPES[dtype], **kwargs)
+
+
+def make_stored_model(about: Mapping[str, Any], path: str | os.PathLike) -> nn.Module:
+    """The model that weights say they are of.
+
+    Args:
+      about: the section 'model' of their metadata.
+      path: of the weights.
+
+    Raises:
+      UserError: for a model that cannot be made; and for one that is code of a fork,
+        unless `path` is the workdir of a run.
+    """
+    if not (pathlib.Path(path) / 'checkpoints').is_dir():
+        check_runs_no_code(about, os.fspath(path))
+    return make_model(
+        about['name'], about['num_classes'], about['dtype'], dict(about['kwargs'])
+    )
 
 
 def _check_json(config: ConfigDict) -> None:

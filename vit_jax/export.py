@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax import export as jax_export
 
-from vit_jax.build import make_model
+from vit_jax.build import make_stored_model
 from vit_jax.errors import UserError, times
 from vit_jax.pretrained import Report, load_variables
 from vit_jax.pretrained.convert import (
@@ -31,6 +31,7 @@ from vit_jax.pretrained.convert import (
     write_folder,
 )
 from vit_jax.pretrained.damage import reading
+from vit_jax.pretrained.metadata import is_complete
 from vit_jax.pretrained.source import open_source
 from vit_jax.tasks.classify import Settings, normalize
 from vit_jax.typing import Array, Variables
@@ -81,7 +82,7 @@ def export(
     dst = pathlib.Path(dst)
     check_free(dst, force)
     metadata = metadata or open_source(path).metadata or {}
-    if not {'model', 'preprocessing'} <= metadata.keys():
+    if not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
             f'{os.fspath(path)} does not say of which model it is and how images are '
             'prepared for it'
@@ -116,9 +117,7 @@ def load_model(
       UserError: when the weights are not of that model.
     """
     about, preprocessing = metadata['model'], metadata['preprocessing']
-    model = make_model(
-        about['name'], about['num_classes'], about['dtype'], about['kwargs']
-    )
+    model = make_stored_model(about, path)
     variables, report = load_variables(
         path,
         model,

@@ -156,6 +156,8 @@ def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
     except UserError:
         return  # a damaged checkpoint is not gone on from
     here = json.loads(json.dumps(run.metadata))
+    # Older checkpoints say less of their model.
+    here['model'] = {k: v for k, v in here['model'].items() if k in there['model']}
     for key in ('model', 'class_names', 'num_train_examples'):
         if there[key] != here[key]:
             raise UserError(

@@ -4,8 +4,13 @@ import shutil
 import pytest
 from command_lines import COLOUR, DIGITS
 
-from vit_jax.commands.evaluate import _take_preprocessing
-from vit_jax.config import default_config
+from vit_jax.commands.evaluate import (
+    _check_classes,
+    _take_facts,
+    _take_preprocessing,
+)
+from vit_jax.config import default_config, override
+from vit_jax.errors import UserError
 
 pytest_plugins = ['command_fixtures']
 
@@ -57,6 +62,30 @@ def test_a_model_with_other_fields_is_said(run, digits, data_dir):
     assert code == 0
     assert "trained with activation='gelu', the model has 'relu'" in err
     assert "'activation': 'relu'" in err
+
+
+def test_gelu_is_that_of_the_weights_unless_the_user_says_otherwise(capsys):
+    config = override(default_config(), ['--config.model.name=ViT-Ti/16'])
+    theirs = {'activation': 'gelu_tanh', 'layer_norm_eps': 1e-6}
+    _take_facts(config, ['model.kwargs.activation'], theirs)
+    assert config.model.kwargs.to_dict() == {}
+    _take_facts(config, [], theirs)
+    assert config.model.kwargs.to_dict() == {'activation': 'gelu_tanh'}
+    assert 'activation=gelu_tanh, as the weights have it' in capsys.readouterr().err
+    config = override(default_config(), ['--config.model.name=ResNet-18'])
+    _take_facts(config, [], theirs)  # which has no such fields
+    assert config.model.kwargs.to_dict() == {}
+
+
+def test_imagenet_in_words_is_taken_for_imagenet_in_ids(capsys):
+    ids = ['n01440764', 'n01443537 goldfish']
+    _check_classes('w', {'class_names': ['n01440764 tench', 'n01443537']}, ids)
+    assert capsys.readouterr().err == ''
+    _check_classes('w', {'class_names': ['tench, Tinca tinca', 'goldfish']}, ids)
+    assert 'in this order' in capsys.readouterr().err
+    for names in (['tench'], ['n01440764', 'n01484850'], ['tench', 'n01443537']):
+        with pytest.raises(UserError, match='the data has 2'):
+            _check_classes('w', {'class_names': names}, ids)
 
 
 def test_pixels_are_seen_as_in_training_unless_the_user_says_otherwise(capsys):

@@ -16,6 +16,7 @@ from vit_jax.models import build_model
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import ViT
 from vit_jax.pretrained import load_params, load_variables
+from vit_jax.pretrained.convert import to_published
 
 D, F, V = 6, 10, 7
 SIZE = (8, 12)  # a grid of 4x6
@@ -358,6 +359,51 @@ def test_what_the_weights_were_trained_with_is_compared(tmp_path):
     (note,) = load(path)[1].notes
     assert "trained with activation='gelu_tanh', the model has 'gelu'" in note
     assert load(path, small_vit(activation='gelu_tanh'))[1].notes == ()
+
+
+def test_other_heads_are_refused(tmp_path):
+    """Shapes do not show them."""
+    about = {'model': {'grid': [4, 6], 'num_heads': 2}}
+    path = tmp_path / 'x'
+    save_file(small_arrays(), path, metadata={'vit_jax': json.dumps(about)})
+    assert 'of a model with 2 heads, this one has 3: pass num_heads=2' in refuses(path)
+    assert load(path, small_vit(num_heads=2))[1].loaded
+
+
+def test_google_computes_the_other_gelu(tmp_path):
+    variables = load_from(small_arrays(), tmp_path)
+    arrays = to_published(variables, '.npz').arrays
+    np.savez(tmp_path / 'x', **arrays)
+    path = tmp_path / 'x.npz'
+    (note,) = load(path, grid=(4, 6))[1].notes
+    assert "trained with activation='gelu_tanh', the model has 'gelu'" in note
+    assert load(path, small_vit(activation='gelu_tanh'), grid=(4, 6))[1].notes == ()
+
+
+def load_from(arrays, tmp_path):
+    save_file(arrays, tmp_path / 'y')
+    return load(tmp_path / 'y', grid=(4, 6))[0]
+
+
+def test_each_leaf_may_have_its_sharding(write):
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ('model',))
+
+    def place(leaf, shape):
+        rows = 'model' if leaf.endswith('fc1/kernel') else None
+        return NamedSharding(mesh, PartitionSpec(rows))
+
+    arrays = small_arrays()
+    path = write(arrays, grid=[4, 6])
+    params = load(path, sharding=place)[0]['params']
+    kernel = params['block00']['mlp']['fc1']['kernel']
+    assert [s.data.shape for s in kernel.addressable_shards] == [(D // 2, F)] * 2
+    np.testing.assert_array_equal(kernel, arrays['blocks.0.mlp.fc1.weight'].T)
+    whole = params['block00']['mlp']['fc2']['kernel']
+    assert [s.data.shape for s in whole.addressable_shards] == [(F, D)] * 2
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ('model',))
+    message = refuses(path, sharding=NamedSharding(mesh, PartitionSpec('model')))
+    assert 'params/' in message
+    assert 'cannot lie as' in message
 
 
 def test_gpsa_needs_nothing_for_another_size(write):

@@ -91,6 +91,7 @@ def test_metadata_makes_the_model_that_it_describes(address):
                 'layer_norm_eps': 1e-6,
                 'grid': [24, 24],
                 'prefix_tokens': 1,
+                'num_heads': 12,
             },
             ([384, 384], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 1, 'bicubic'),
         ),
@@ -98,13 +99,14 @@ def test_metadata_makes_the_model_that_it_describes(address):
             'hf:google/vit-base-patch16-224',
             {
                 'name': 'ViT-B/16',
-                'kwargs': {'activation': 'gelu_tanh', 'layer_norm_eps': 1e-12},
+                'kwargs': {'activation': 'gelu_tanh'},
                 'num_classes': 1000,
                 'dtype': 'float32',
                 'activation': 'gelu_tanh',
-                'layer_norm_eps': 1e-12,
+                'layer_norm_eps': 1e-6,
                 'grid': [14, 14],
                 'prefix_tokens': 1,
+                'num_heads': 12,
             },
             ([224, 224], [0.5], [0.5], 0.9, 'bicubic'),
         ),
@@ -119,6 +121,7 @@ def test_metadata_makes_the_model_that_it_describes(address):
                 'layer_norm_eps': 1e-6,
                 'grid': [37, 37],
                 'prefix_tokens': 5,
+                'num_heads': 6,
             },
             ([518, 518], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 1, 'bicubic'),
         ),
@@ -176,6 +179,19 @@ def test_accuracies_have_a_source():
 @pytest.mark.parametrize(
     'name',
     [
+        'HF:timm/convit_tiny.fb_in1k',
+        'hf:timm/convit_tiny.fb_in1k@main',
+        'hf:timm/convit_tiny.fb_in1k/model.safetensors',
+        'hf:timm/convit_tiny.fb_in1k/model.safetensors@0123abc',
+    ],
+)
+def test_revision_file_and_case_are_of_the_same_model(name):
+    assert find_published(name) == find_published('hf:timm/convit_tiny.fb_in1k')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
         'convit_tiny.pth',
         '/weights/convit_tiny.pth',
         'https://dl.fbaipublicfiles.com/other/convit_tiny.pth',
@@ -183,7 +199,7 @@ def test_accuracies_have_a_source():
         'https://dl.fbaipublicfiles.com/convit/convit_tiny.pth.zip',
         'hf:somebody/convit_tiny.fb_in1k',
         'hf:timm/convit_tiny',
-        'hf:timm/convit_tiny.fb_in1k@old',
+        'hf:timm/convit_tiny.fb_in1k.old',
         'timm/convit_tiny.fb_in1k',
         'augreg:S_16',
         '',

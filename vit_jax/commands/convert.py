@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     grid, image_size = (_parse_size(args, name) for name in ('grid', 'image_size'))
 
     options.quiet()
-    from vit_jax.build import make_model
+    from vit_jax.build import make_model, make_stored_model
     from vit_jax.pretrained import convert, load_variables
     from vit_jax.pretrained.source import open_source
 
@@ -78,9 +78,10 @@ def main(argv: Sequence[str]) -> None:
     about, preprocessing = metadata['model'], metadata.get('preprocessing', {})
     grid = grid or tuple(about.get('grid', ())) or None
     channels = args.channels or preprocessing.get('channels', 3)
-    model = make_model(
-        about['name'], about['num_classes'], about['dtype'], about['kwargs']
-    )
+    if args.model:
+        model = make_model(args.model, about['num_classes'], about['dtype'], {})
+    else:
+        model = make_stored_model(about, args.src)
     size = image_size or _find_size(source, model, preprocessing, channels, grid)
     variables, report = load_variables(
         args.src, model, size, channels=channels, grid=grid
@@ -118,6 +119,7 @@ def _parse_size(args: argparse.Namespace, name: str) -> tuple[int, int] | None:
 def _read_metadata(args: argparse.Namespace, source: 'Source') -> dict[str, Any]:
     """What is known of the weights; at least of which model they are."""
     from vit_jax.pretrained.convert import count_classes
+    from vit_jax.pretrained.metadata import is_complete
     from vit_jax.pretrained.published import find_published
 
     if args.model:
@@ -125,7 +127,7 @@ def _read_metadata(args: argparse.Namespace, source: 'Source') -> dict[str, Any]
         about = {'name': name, 'num_classes': num_classes, 'dtype': 'float32'}
         return {'model': {**about, 'kwargs': {}}}
     metadata = find_published(args.like) if args.like else source.metadata
-    if metadata is not None and 'model' in metadata:
+    if metadata is not None and is_complete(metadata, 'model'):
         return metadata
     if args.like:
         raise UserError(

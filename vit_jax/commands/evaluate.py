@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if args.config:
         config = options.read_config(args.config, overrides)
         _take_preprocessing(config, named, metadata.get('preprocessing', {}))
+        _take_facts(config, named, metadata.get('model', {}))
     else:
         config = override(from_dict(metadata['config']), overrides)
     run = build(config, named=named)
@@ -101,6 +102,28 @@ def _take_preprocessing(
             config.dataset[key] = value
 
 
+def _take_facts(
+    config: ConfigDict, named: Collection[str], theirs: Mapping[str, Any]
+) -> None:
+    """Sets what shapes do not tell of the weights' model, where the user does not."""
+    from vit_jax.build import make_model
+
+    kwargs = config.model.kwargs.to_dict()
+    model = make_model(config.model.name, 1, config.dtype, kwargs)
+    for field in ('activation', 'layer_norm_eps'):
+        if (
+            field in theirs
+            and f'model.kwargs.{field}' not in named
+            and getattr(model, field, theirs[field]) != theirs[field]
+        ):
+            with config.unlocked():
+                config.model.kwargs[field] = theirs[field]
+            print(
+                f'config.model.kwargs.{field}={theirs[field]}, as the weights have it',
+                file=sys.stderr,
+            )
+
+
 def _compare_models(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Warns when the weights are those of a model with other fields."""
     if 'model' in there:
@@ -127,6 +150,18 @@ def _check_classes(
         return
     if list(map(_wordnet_id, there)) == list(map(_wordnet_id, here)):
         return
+    # Words there, ids here: transformers' ImageNet, whose order is that of the ids.
+    if (
+        len(there) == len(here)
+        and all(map(_is_id, here))
+        and not any(map(_is_id, there))
+    ):
+        print(
+            f'warning: the classes of {weights} ({some(there)}) are taken for those of '
+            f'the data ({some(here)}), in this order',
+            file=sys.stderr,
+        )
+        return
     raise UserError(
         f'{weights} knows {len(there)} classes ({some(there)}), the data has '
         f'{len(here)} ({some(here)})'
@@ -136,3 +171,7 @@ def _check_classes(
 def _wordnet_id(name: str) -> str:
     match = re.match(r'n\d{8}\b', name)
     return match[0] if match else name
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r'n\d{8}', _wordnet_id(name)) is not None

@@ -90,6 +90,7 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: when they say nothing, and --like does not either.
     """
+    from vit_jax.pretrained.metadata import is_complete
     from vit_jax.pretrained.published import find_published
     from vit_jax.pretrained.source import open_source
 
@@ -102,7 +103,7 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
             )
         return metadata
     metadata = open_source(args.weights).metadata
-    if metadata is None or not {'model', 'preprocessing'} <= metadata.keys():
+    if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
             f'{args.weights} does not say which model it is of; name the published '
             'weights that it is a copy of by --like=ADDRESS (`vit_jax summarize '

@@ -285,6 +285,8 @@ GOOGLE_VIT = Format(
         *_map_norm(f'{_UNIT}/gn_proj', 'stem/stage{s}_block{b}/shortcut_norm'),
     ),
     prefixes=('', 'opt/target/', 'params/'),
+    # Flax's GELU is the approximation unless it is told otherwise.
+    facts={'activation': 'gelu_tanh'},
 )
 
 _BIT_UNIT = 'resnet/block{s}/unit{b:02}'

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,11 @@ from vit_jax.pretrained.report import Report
 from vit_jax.pretrained.source import Source, open_source
 from vit_jax.typing import Array, PRNGKey, Shape, Variables
 
+# Of every leaf, or from its path and shape, or the default device.
+Placement: TypeAlias = (
+    jax.sharding.Sharding | Callable[[str, Shape], jax.sharding.Sharding] | None
+)
+
 
 def load_variables(
     path: str | os.PathLike,
@@ -27,7 +32,7 @@ def load_variables(
     channels: int = 3,
     new_head: bool = False,
     grid: Shape | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Placement = None,
     rng: PRNGKey | None = None,
 ) -> tuple[Variables, Report]:
     """Loads weights of any format there is, for images of any size.
@@ -42,7 +47,8 @@ def load_variables(
       new_head: leave the file's classifier, and start a new one.
       grid: of the learned positions in the file, where the file does not tell and
         they are not of a square.
-      sharding: of every leaf; None for the default device.
+      sharding: of every leaf; or what gives it, from a leaf's path and shape; None for
+        the default device.
       rng: key of a new head; None for `jax.random.key(0)`.
 
     Returns:
@@ -53,7 +59,9 @@ def load_variables(
       UserError: for a file that cannot be read, and for leaves that are in one of file
         and model only, or differ in shape; names them.
     """
-    size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    if isinstance(image_size, int | np.integer):
+        image_size = (int(image_size), int(image_size))
+    size = tuple(image_size)
 
     def init(rng: PRNGKey) -> dict[str, Array]:
         image = jnp.zeros((1, *size, channels))
@@ -62,6 +70,7 @@ def load_variables(
     rng = jax.random.key(0) if rng is None else rng
     shapes = jax.eval_shape(init, rng)
     source = open_source(path)
+    _check_heads(source, model)
     plan = make_plan(source, shapes, new_head=new_head, grid=grid)
 
     found: dict[str, Array] = {}
@@ -76,12 +85,12 @@ def load_variables(
                 not_finite.append(leaf)
             if leaf in plan.resized:
                 x = _resize(x, plan.resized[leaf][1])
-            found[leaf] = _put(x, sharding)
+            found[leaf] = _put(leaf, x, sharding)
     for leaf, x in _initialise(plan, init, rng).items():
-        found[leaf] = _put(x, sharding)
+        found[leaf] = _put(leaf, x, sharding)
 
     report = Report(
-        source=f'{source.file.path} ({plan.format})',
+        source=f'{source.file.path} ({plan.format.name})',
         loaded=tuple(k for k in found if k not in {**plan.resized, **plan.initialised}),
         resized={
             leaf: f'{times(old)} -> {times(new)}'
@@ -93,7 +102,7 @@ def load_variables(
             *source.file.notes,
             *plan.notes,
             *_note_values(casts, not_finite),
-            *_note_differences(source, model),
+            *_note_differences(plan, source, model),
         ),
         metadata=source.metadata,
     )
@@ -145,10 +154,19 @@ def _resize(grid: np.ndarray, size: Shape) -> np.ndarray:
     return np.asarray(resize_learned({'grid': jnp.asarray(grid)}, size)['grid'])
 
 
-def _put(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> Array:
+def _put(leaf: str, x: np.ndarray, sharding: Placement) -> Array:
     """The array on the devices, each of which gets its own slice alone."""
     if sharding is None:
         return jnp.array(x)  # a copy: the file may be written to
+    if callable(sharding):
+        sharding = sharding(leaf, x.shape)
+    try:
+        sharding.shard_shape(x.shape)
+    except ValueError as error:
+        raise UserError(
+            f'{leaf} of shape {times(x.shape)} cannot lie as {sharding}; '
+            'give a sharding that divides it'
+        ) from error
     return jax.make_array_from_callback(x.shape, sharding, lambda i: np.array(x[i]))
 
 
@@ -170,9 +188,20 @@ def _note_values(casts: list[str], not_finite: list[str]) -> Iterator[str]:
         yield f'warning: values that are not finite in {some(not_finite)}'
 
 
-def _note_differences(source: Source, model: nn.Module) -> Iterator[str]:
+def _check_heads(source: Source, model: nn.Module) -> None:
+    """Raises UserError for other heads, which shapes of PyTorch's files do not show."""
+    theirs = (source.metadata or {}).get('model', {}).get('num_heads')
+    ours = getattr(model, 'num_heads', None)
+    if theirs and ours and theirs != ours:
+        raise UserError(
+            f'{source.file.path} is of a model with {theirs} heads, this one has '
+            f'{ours}: pass num_heads={theirs}'
+        )
+
+
+def _note_differences(plan: Plan, source: Source, model: nn.Module) -> Iterator[str]:
     """What the weights were trained with, where the model differs from it."""
-    about = (source.metadata or {}).get('model', {})
+    about = {**plan.format.facts, **(source.metadata or {}).get('model', {})}
     for field in ('activation', 'layer_norm_eps'):
         if hasattr(model, field) and field in about:
             theirs, ours = about[field], getattr(model, field)

@@ -12,7 +12,7 @@ axes. Reading and writing are the same table; a new format is one more table.
 import collections
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,12 +109,14 @@ class Format(NamedTuple):
       rules: the table.
       ignored: end of a name -> why it is left out.
       prefixes: what some or all names of a file may begin with.
+      facts: what all models have whose weights are published so, and no file tells.
     """
 
     name: str
     rules: tuple[Rule | Positions, ...]
     ignored: Mapping[str, str] = {}
     prefixes: tuple[str, ...] = ('',)
+    facts: Mapping[str, Any] = {}
 
 
 class Place(NamedTuple):

@@ -53,18 +53,20 @@ class Plan(NamedTuple):
     """What loading will do.
 
     Attributes:
-      format: of the names, in words.
+      format: of the names.
       steps: the arrays to read.
       resized: path -> (grid in the file, grid of the model).
       initialised, ignored, notes: see `Report`.
+      faults: what does not fit; a plan that is returned has none.
     """
 
-    format: str
+    format: Format
     steps: list[Step]
     resized: dict[str, tuple[Shape, Shape]]
     initialised: dict[str, str]
     ignored: dict[str, str]
     notes: list[str]
+    faults: list[str]
 
 
 def make_plan(
@@ -86,7 +88,7 @@ def make_plan(
       UserError: when one is left over, or does not fit.
     """
     format, places = find_format(source)
-    plan = Plan(format.name, [], {}, {}, {}, [])
+    plan = Plan(format, [], {}, {}, {}, [], [])
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     heads = list(filter(_HEAD.fullmatch, shapes))
     strange = []
@@ -172,8 +174,8 @@ def _place_positions(
         )
     size = math.prod(old)
     if count not in (size, size + prefix):
-        raise UserError(
-            f'{name} has {count} positions; a grid of {times(old)} behind {prefix} '
+        plan.faults.append(
+            f'{name} has {count} positions, a grid of {times(old)} behind {prefix} '
             f'other token(s) has {size + prefix}'
         )
     parts = [(GRID, (*old, width))]
@@ -213,7 +215,7 @@ def _check(
     strange: Sequence[str],
 ) -> None:
     """Raises UserError for what does not fit, naming both sides."""
-    faults, heads = [], []  # what is wrong, and whether only with the classifier
+    faults, heads = plan.faults, []  # and whether it is with the classifier alone
     filled: dict[str, list[str]] = collections.defaultdict(list)
     for step in plan.steps:
         for part, _ in step.parts:
@@ -238,7 +240,8 @@ def _check(
     if faults:
         hint = '. For other classes pass new_head=True (config.init.new_head)'
         raise UserError(
-            f'{path} ({plan.format}) does not fit the model: {"; ".join(faults[:3])}'
+            f'{path} ({plan.format.name}) does not fit the model: '
+            + '; '.join(faults[:3])
             + hint * (len(heads) == len(faults) and all(heads))
         )
 

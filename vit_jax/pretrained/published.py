@@ -27,7 +27,8 @@ def find_published(name: str) -> dict[str, Any] | None:
     """What is known of the weights at an address.
 
     Args:
-      name: the whole address; a file elsewhere that is called the same is not known.
+      name: the whole address, of the Hub with or without file and revision; a file
+        elsewhere that is called the same is not known.
 
     Returns:
       'model', 'class_names' and 'preprocessing', as in the metadata of a checkpoint;
@@ -37,6 +38,10 @@ def find_published(name: str) -> dict[str, Any] | None:
     'ConViT-Ti/16'
     """
     address = name.partition('#')[0]  # what follows is a hash of the same file
+    kind, _, rest = address.partition(':')
+    address = f'{kind.lower()}:{rest}'
+    # A revision of a repository, or one file of it, is of the same model.
+    address = re.sub(r'^(hf:[^/@]+/[^/@]+)[/@].*', r'\1', address)
     address = _AUGREG.sub(r'augreg:\1', address)
     if address.startswith('augreg:'):
         address = address.removesuffix('.npz')
@@ -105,13 +110,13 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def model_facts(model: Any, image_size: Sequence[int]) -> dict[str, Any]:
-    """What shapes do not tell: GELU and epsilon, grid and prefix tokens.
+    """What shapes do not tell: GELU, epsilon, heads, grid and prefix tokens.
 
     Args:
       model: the module; a fact that it does not have is left out.
       image_size: (height, width), multiples of its patches.
     """
-    fields = ('activation', 'layer_norm_eps')
+    fields = ('activation', 'layer_norm_eps', 'num_heads')
     facts = {k: getattr(model, k) for k in fields if hasattr(model, k)}
     if not hasattr(model, 'patch_size'):
         return facts

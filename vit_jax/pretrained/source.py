@@ -1,6 +1,5 @@
 """Where weights come from: an address, a file, a folder; and what is known of them."""
 
-import json
 import os
 import pathlib
 from functools import partial
@@ -11,8 +10,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
+from vit_jax.pretrained.damage import reading
 from vit_jax.pretrained.fetch import fetch, is_address
 from vit_jax.pretrained.files import LazyArray, WeightFile, open_weights
+from vit_jax.pretrained.metadata import check_metadata, parse_metadata
 from vit_jax.pretrained.published import find_published, from_hugging_face
 
 # In the header of a safetensors file: our names and layouts, not those of PyTorch.
@@ -46,38 +47,35 @@ def open_source(path: str | os.PathLike) -> Source:
       UserError: when nothing is there, or it is not what it should be.
     """
     name = os.fspath(path)
+    if not name:
+        raise UserError('no weights are named: the path is empty')
     published = find_published(name)
     local = fetch(name) if is_address(name) else pathlib.Path(name)
     if (local / 'checkpoints').is_dir():
         return _open_workdir(local)
     file = open_weights(local)
     metadata = published or _read_metadata(local, file)
+    if metadata is not None:
+        metadata = check_metadata(metadata, file.path)
     return Source(file, metadata, native=file.metadata.get('format') == NATIVE)
 
 
 def _read_metadata(path: pathlib.Path, file: WeightFile) -> dict[str, Any] | None:
     """What stands beside the arrays, or in their header."""
     if NATIVE in file.metadata:
-        return _parse(file.metadata[NATIVE], f'the header of {file.path}')
+        return parse_metadata(file.metadata[NATIVE], f'the header of {file.path}')
     folder = path if path.is_dir() else path.parent
     for name, understand in (
         ('metadata.json', lambda content: content),
         ('config.json', from_hugging_face),
     ):
+        beside = folder / name
         # Beside a file of another name they may be those of other weights.
-        if (folder / name).is_file() and (path.is_dir() or path.stem == 'model'):
-            return understand(_parse((folder / name).read_text(), str(folder / name)))
+        if beside.is_file() and (path.is_dir() or path.stem == 'model'):
+            with reading(beside):
+                text = beside.read_text(encoding='utf-8')
+            return understand(parse_metadata(text, str(beside)))
     return None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{where} is damaged: {error}') from error
-    if not isinstance(content, dict):
-        raise UserError(f'{where} is damaged: it holds no JSON object')
-    return content
 
 
 def _open_workdir(workdir: pathlib.Path) -> Source:
@@ -86,6 +84,7 @@ def _open_workdir(workdir: pathlib.Path) -> Source:
     from vit_jax.checkpoint import load_metadata, restore_variables, stored_shapes
 
     step, metadata = load_metadata(workdir)
+    metadata = check_metadata(metadata, f'{workdir} at step {step}')
     shapes = stored_shapes(workdir, step)
     restored: dict[str, np.ndarray] = {}
 

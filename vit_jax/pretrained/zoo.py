@@ -21,8 +21,19 @@ SOURCES = {
 }
 
 # Model -> the public implementation with which logits (or features) were compared, on
-# the same random weights.
-COMPARED: dict[str, str] = {}
+# the same random weights, by tests/pretrained/test_parity.py.
+COMPARED = {
+    **dict.fromkeys(
+        (
+            *('DeiT-Ti/16', 'DeiT-S/16', 'DeiT-S/16-distilled', 'ViT-B/16'),
+            *('ConViT-Ti/16', 'ConViT-S/16', 'ConViT-B/16'),
+            *('DINOv2-S/14', 'DINOv2-S/14-registers'),
+            *('BiT-R50x1', 'R26+ViT-S/32'),
+        ),
+        'timm 1.0.31',
+    ),
+    'ResNet-50': 'torchvision 0.28.0',
+}
 
 
 class Weights(NamedTuple):
@@ -138,7 +149,7 @@ ZOO = (
     *_rows(
         ('hf:google/{0}',),
         ('ViT-B/16', None, 'vit-base-patch16-224'),
-        **{**_GOOGLE, 'kwargs': {**_GOOGLE['kwargs'], 'layer_norm_eps': 1e-12}},
+        **_GOOGLE,
     ),
     *_rows(
         (
