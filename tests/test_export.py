@@ -271,8 +271,16 @@ def test_damaged_folders(make_folder):
     program.unlink()
     damaged(folder, f'cannot read {program}: No such file')
     program.write_bytes(data)
+    text = (folder / 'metadata.json').read_text()
     (folder / 'metadata.json').write_text('{')
     damaged(folder, 'metadata.json is damaged')
+    for bad in ('{}', '{"model": {}}', '{"preprocessing": {}}'):
+        (folder / 'metadata.json').write_text(bad)
+        damaged(folder, 'has no metadata.json, or half of it')
+    metadata = json.loads(text)
+    metadata['preprocessing']['image_size'] = [97, 89]
+    (folder / 'metadata.json').write_text(json.dumps(metadata))
+    damaged(folder, 'not of the image size that metadata.json tells')
     (folder / 'metadata.json').unlink()
     damaged(folder, f'{folder} has no metadata.json')
 

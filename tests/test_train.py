@@ -17,7 +17,7 @@ from vit_jax.build import build
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.config import default_config
 from vit_jax.errors import UserError
-from vit_jax.train import train
+from vit_jax.train import _check_continues, train
 from vit_jax.writer import read_metrics
 
 NUM_STEPS = 11
@@ -273,3 +273,21 @@ def test_missing_evaluation_data_is_found_before_the_first_step(tmp_path):
     with pytest.raises(UserError, match='not there'):
         train(dataclasses.replace(run, eval_data=missing), tmp_path)
     assert not read_metrics(tmp_path)
+
+
+def test_checkpoints_that_say_less_of_their_model_are_gone_on_from():
+    run = build(small_config())
+    there = json.loads(json.dumps(run.metadata))
+    del there['model']['activation'], there['model']['num_heads']
+
+    class Older:
+        def latest_step(self):
+            return 1
+
+        def load_metadata(self, step):
+            return there
+
+    _check_continues(run, Older())
+    there['model']['grid'] = [1, 9]
+    with pytest.raises(UserError, match='was begun with model'):
+        _check_continues(run, Older())

@@ -216,9 +216,16 @@ def load_exported(folder: str | os.PathLike) -> Exported:
         raise UserError(
             f'{folder / PROGRAM} is not the program of {source.file.path}; export again'
         )
-    if source.metadata is None:
-        raise UserError(f'{folder} has no metadata.json; export again')
-    return Exported(jax.jit(program.call), variables, source.metadata)
+    metadata = source.metadata
+    if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
+        raise UserError(f'{folder} has no metadata.json, or half of it; export again')
+    about = metadata['preprocessing']
+    if (*about['image_size'], about['channels']) != program.in_avals[-1].shape[1:]:
+        raise UserError(
+            f'{folder / PROGRAM} is not of the image size that metadata.json tells; '
+            'export again'
+        )
+    return Exported(jax.jit(program.call), variables, metadata)
 
 
 def _read_program(path: pathlib.Path) -> jax_export.Exported:

@@ -36,9 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise unknown('command', argv[0], COMMANDS)
         command = importlib.import_module(f'vit_jax.commands.{argv[0]}')
-        return command.main(argv[1:]) or 0
+        code = command.main(argv[1:]) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f'vit_jax: error: {error}', file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print('\nvit_jax: interrupted', file=sys.stderr)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from vit_jax.build import build
 from vit_jax.checkpoint import Checkpoints, shapes_on
@@ -60,6 +61,22 @@ def test_predictions_are_those_of_the_model(run, digits, held_out, predictions):
         values = [p for _, p in named]
         assert values == sorted(values, reverse=True)
         assert sum(values) < 1
+
+
+def test_a_file_without_metadata_is_like_its_workdir(
+    run, fails, digits, held_out, tmp_path
+):
+    """Model, classes and preprocessing are those of --like, weights the file's."""
+    image, bare = held_out[0][0], tmp_path / 'bare'
+    assert run('convert', digits, tmp_path / 'x.safetensors').code == 0
+    save_file(load_file(tmp_path / 'x.safetensors'), bare)
+    expected = run('predict', f'--weights={digits}', image)
+    found = run('predict', f'--weights={bare}', f'--like={digits}', image)
+    assert found == expected
+    message = fails('predict', f'--weights={bare}', image)
+    assert message.startswith(f'{bare} does not say which model it is of')
+    message = fails('predict', f'--weights={bare}', f'--like={bare}', image)
+    assert message.startswith(f'--like={bare} does not say which model it is of')
 
 
 def test_accuracy_is_that_of_evaluate(run, digits, held_out):

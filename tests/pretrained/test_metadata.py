@@ -36,6 +36,12 @@ def change(section, key, value):
     return {**GOOD, section: {**GOOD[section], key: value}}
 
 
+def test_as_many_names_as_classes():
+    bad = {**GOOD, 'class_names': ['a', 'b']}
+    with pytest.raises(UserError, match='2 class_names, but num_classes is 3'):
+        check_metadata(bad, 'there')
+
+
 def test_good_metadata_stay_as_they_are():
     assert check_metadata(json.loads(json.dumps(GOOD)), 'there') == GOOD
     assert is_complete(GOOD, 'model', 'preprocessing')

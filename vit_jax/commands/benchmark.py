@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     )
     args = options.parse_strict(parser, argv)
     counts = args.tokens.split(',')
-    if not all(n.isdigit() and int(n) for n in counts):
+    if not all(n.isdecimal() and int(n) for n in counts):
         raise UserError(f'--tokens is a list such as 196,1024, not {args.tokens!r}')
 
     options.quiet()

@@ -145,17 +145,18 @@ def _check_classes(
 
     ImageNet's are known by their WordNet id, with or without names behind it.
     """
+    from vit_jax.pretrained.metadata import default_class_names
+
     there = metadata.get('class_names')
     if there is None:
         return
     if list(map(_wordnet_id, there)) == list(map(_wordnet_id, here)):
         return
-    # Words there, ids here: transformers' ImageNet, whose order is that of the ids.
-    if (
-        len(there) == len(here)
-        and all(map(_is_id, here))
-        and not any(map(_is_id, there))
-    ):
+    # Numbers, where nobody knew names; words there and ids here, in transformers'
+    # ImageNet, whose order is that of the ids.
+    nameless = list(there) == default_class_names(len(there))
+    in_words = not any(map(_is_id, there)) and all(map(_is_id, here))
+    if (nameless or in_words) and len(there) == len(here):
         print(
             f'warning: the classes of {weights} ({some(there)}) are taken for those of '
             f'the data ({some(here)}), in this order',

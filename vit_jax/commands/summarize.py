@@ -147,7 +147,7 @@ def _zoo() -> Iterator[dict[str, Any]]:
 
 def _parse_size(text: str) -> tuple[int, int]:
     sides = text.split(',')
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise UserError(f'--image_size is 224 or 224,320 (height,width), not {text!r}')
     return int(sides[0]), int(sides[-1])
 

@@ -55,9 +55,9 @@ def add_like(parser: argparse.ArgumentParser) -> None:
     """Adds --like."""
     parser.add_argument(
         '--like',
-        metavar='ADDRESS',
-        help='published weights that the file is a copy of: model, classes and '
-        'preprocessing are theirs',
+        metavar='WEIGHTS',
+        help='where model, classes and preprocessing of the file are known: published '
+        'weights that it is a copy of, or the workdir it comes from',
     )
 
 
@@ -95,19 +95,20 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
     from vit_jax.pretrained.source import open_source
 
     if args.like:
-        metadata = find_published(args.like)
-        if metadata is None:
+        # Published weights need not be fetched to say what they are.
+        metadata = find_published(args.like) or open_source(args.like).metadata
+        if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
             raise UserError(
-                f'--like={args.like} is no address of published weights; '
-                '`vit_jax summarize --zoo` lists them'
+                f'--like={args.like} does not say which model it is of; take an '
+                'address that `vit_jax summarize --zoo` lists, or a workdir'
             )
         return metadata
     metadata = open_source(args.weights).metadata
     if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
             f'{args.weights} does not say which model it is of; name the published '
-            'weights that it is a copy of by --like=ADDRESS (`vit_jax summarize '
-            '--zoo` lists them)'
+            'weights that it is a copy of (`vit_jax summarize --zoo` lists them), or '
+            'the workdir it comes from, by --like'
         )
     return metadata
 
@@ -115,12 +116,14 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
 def read_images(args: argparse.Namespace, metadata: dict[str, Any]) -> list[np.ndarray]:
     """The images, decoded and cropped as the weights want them."""
     from vit_jax.data.transforms import center_crop, decode_image
+    from vit_jax.pretrained.damage import reading
 
     about = metadata['preprocessing']
     size = tuple(about['image_size'])
 
     def read(path: str) -> np.ndarray:
-        data = pathlib.Path(path).read_bytes()
+        with reading(path):
+            data = pathlib.Path(path).read_bytes()
         image = decode_image(data, about['channels'], path, args.convert_channels)
         return center_crop(image, size, about['crop_fraction'], about['interpolation'])
 
@@ -133,12 +136,15 @@ def read_class_names(weights: str, metadata: dict[str, Any]) -> list[str]:
     Raises:
       UserError: when the weights have no classifier.
     """
+    from vit_jax.pretrained.metadata import default_class_names
+
     if metadata['model']['num_classes'] is None:
         raise UserError(
             f'{weights} has no classifier, only features; fine-tune it first: '
             f'--config.init.weights={weights} --config.init.new_head=True'
         )
-    return metadata['class_names']
+    names = metadata.get('class_names')
+    return names or default_class_names(metadata['model']['num_classes'])
 
 
 def _restore(weights: str, metadata: dict[str, Any]) -> Trained:

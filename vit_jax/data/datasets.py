@@ -361,7 +361,7 @@ def _synthetic(name: str, options: str) -> Dataset:
         key, _, value = option.partition('=')
         if key not in values:
             raise unknown('option of synthetic', key, values)
-        if not value.isdigit() or int(value) == 0:
+        if not value.isdecimal() or int(value) == 0:
             raise UserError(f'{name!r}: {key} needs a whole number above 0')
         values[key] = int(value)
     shape = (values['size'], values['size'], values['channels'])

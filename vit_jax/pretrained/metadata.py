@@ -95,6 +95,12 @@ def check_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
     names = metadata.get('class_names')
     if names is not None and not _are(lambda x: isinstance(x, str))(names):
         raise _wrong(where, 'class_names', names)
+    count = metadata.get('model', {}).get('num_classes')
+    if names is not None and count is not None and len(names) != count:
+        raise UserError(
+            f'the metadata of {where} are damaged: {len(names)} class_names, but '
+            f'num_classes is {count}'
+        )
     if 'preprocessing' in metadata:
         metadata['preprocessing'].setdefault('interpolation', 'bicubic')
     return metadata
@@ -105,6 +111,15 @@ def is_complete(metadata: Mapping[str, Any] | None, *sections: str) -> bool:
     return metadata is not None and all(
         set(_NEEDED[section]) <= set(metadata.get(section, ())) for section in sections
     )
+
+
+def default_class_names(num_classes: int | None) -> list[str]:
+    """Names for classes of which only the numbers are known.
+
+    >>> default_class_names(3)
+    ['0', '1', '2']
+    """
+    return [str(i) for i in range(num_classes or 0)]
 
 
 def check_runs_no_code(about: Mapping[str, Any], where: str) -> None:

@@ -18,6 +18,7 @@ from vit_jax.layers.patch import resolve_patch
 from vit_jax.models import build_model
 from vit_jax.models.resnet import RESNETS
 from vit_jax.models.variants import FAMILIES, Size
+from vit_jax.pretrained.metadata import default_class_names
 from vit_jax.pretrained.zoo import ZOO
 
 _AUGREG = re.compile(r'https://storage\.googleapis\.com/vit_models/augreg/(.+)')
@@ -147,7 +148,7 @@ def _describe(
 def _default_names(num_classes: int | None, dataset: str | None) -> list[str]:
     if dataset is not None:
         return list(class_names(dataset))
-    return [str(i) for i in range(num_classes or 0)]
+    return default_class_names(num_classes)
 
 
 # timm.
