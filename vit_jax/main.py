@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a file that may not be read
+        print(f'vit_jax: error: {error}', file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print('\nvit_jax: interrupted', file=sys.stderr)
         return 130
