@@ -2,11 +2,13 @@
 
 import base64
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
 import json
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -17,7 +19,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.pretrained import fetch as module
-from vit_jax.pretrained.fetch import fetch, is_address
+from vit_jax.pretrained.fetch import cached_at, fetch, is_address, telling_cached
 
 BODY = bytes(range(1, 251)) * 3  # 750 bytes, no two chunks alike
 OTHER = BODY[::-1]
@@ -156,9 +158,14 @@ def md5_header(body):
         ('augreg:Ti_16', True),
         ('https://host/a.npz', True),
         ('HTTP://host/a.npz', True),
+        ('AUGREG:Ti_16', True),
+        ('gs://bucket/a.npz', True),
+        ('s3://bucket/a.npz', True),
+        ('FTP://host/a.npz', True),
         ('hf/timm', False),
         ('/tmp/https://a', False),
         ('C:/weights.npz', False),
+        ('C://weights.npz', False),
         ('https:/a', False),
     ],
 )
@@ -369,6 +376,67 @@ def test_an_answer_without_an_end_is_refused(server, cache):
     assert not [p for p in cache.iterdir() if p.suffix != '.lock']
 
 
+@pytest.mark.parametrize('encoding', ['gzip', 'GZIP', 'deflate', 'identity, gzip'])
+def test_a_packed_file_is_refused(server, cache, encoding):
+    packed = gzip.compress(bytes(100_000))
+    server.routes['/w'] = file(packed, Content_Encoding=encoding)
+    fails(f'{server.address}/w', f'{server.address}/w', repr(encoding), 'by hand')
+    assert len(server.asked) == 1
+    assert not [p for p in cache.iterdir() if p.suffix != '.lock']
+
+
+def test_a_file_that_says_it_is_not_packed(server):
+    server.routes['/w'] = file(BODY, Content_Encoding='identity')
+    assert fetch(f'{server.address}/w').read_bytes() == BODY
+
+
+def in_chunks(body, **headers):
+    headers = {k.replace('_', '-'): v for k, v in headers.items()}
+    headers |= {'Transfer-Encoding': 'chunked'}
+    chunks = b''.join(
+        b'%x\r\n%b\r\n' % (len(part), part)
+        for part in (body[i : i + 10] for i in range(0, len(body), 10))
+    )
+    return lambda request: reply(request, chunks + b'0\r\n\r\n', headers=headers)
+
+
+@pytest.mark.parametrize('answer', [file(b''), in_chunks(b'', Content_Length=None)])
+def test_an_empty_file_is_refused(server, cache, answer):
+    server.routes['/w'] = answer
+    fails(f'{server.address}/w', f'{server.address}/w is empty')
+    assert not [p for p in cache.iterdir() if p.suffix != '.lock']
+    server.routes['/w'] = file(BODY)
+    assert fetch(f'{server.address}/w').read_bytes() == BODY
+
+
+def test_no_more_than_announced_is_written(server, cache):
+    # Chunks go before the length, which then is no limit to what comes.
+    server.routes['/w'] = in_chunks(BODY, Content_Length=100)
+    fails(f'{server.address}/w', 'sent more than all', f'tried {module.TRIES} times')
+    assert not [p for p in cache.iterdir() if p.suffix != '.lock']
+
+
+def test_a_part_that_is_too_long_starts_anew(server):
+    def longer(request):
+        headers = {'Content-Range': 'bytes 320-749/750', 'ETag': '"1"'}
+        return reply(request, BODY, 206, headers=headers)
+
+    answers = [file(BODY, 320), longer, file(BODY)]
+    server.routes['/w'] = lambda request: answers.pop(0)(request)
+    assert fetch(f'{server.address}/w').read_bytes() == BODY
+    assert server.ranges() == [None, 'bytes=320-', None]
+
+
+def packed_in_transfer(request):
+    headers = {'Content-Length': None, 'Transfer-Encoding': 'gzip, chunked'}
+    return reply(request, b'0\r\n\r\n', headers=headers)
+
+
+def test_a_transfer_that_is_packed_is_refused(server):
+    server.routes['/w'] = packed_in_transfer
+    fails(f'{server.address}/w', 'answers 200 without the length')
+
+
 @pytest.mark.parametrize(
     'code', ['#sha256=HEX', '#sha256=hex', 'name', 'short name', 'server']
 )
@@ -459,7 +527,14 @@ def test_a_secure_address_leads_to_none_that_is_not(source, target, message):
         ('http://localhost.example.com/w', 'is not secure'),
         ('https:///w', 'not the address of a file'),
         ('https://[::1/w', 'not the address of a file'),
-        ('ftp://host/w', 'not the address of a file'),
+        ('ftp://host/w', "'ftp://host/w' is not supported.*https://"),
+        ('s3://bucket/w', "'s3://bucket/w' is not supported.*https://"),
+        (
+            'GS://a/b/w#x',
+            r"'GS://a/b/w#x' is not supported.* 'https://storage.googleapis.com/a/b/w#x'",
+        ),
+        ('gs://a\nb', 'not supported'),
+        ('gs:/a', 'not the address of a file'),
         ('https://host:port/w', 'cannot fetch https://host:port/w: .*port'),
         ('https://host/w#sha256=012', 'what follows # should be sha256= and 64'),
         ('https://host/w#md5=0', 'follows # should be sha256='),
@@ -578,6 +653,80 @@ def test_a_full_disk(server, monkeypatch):
     assert fetch(f'{server.address}/w').read_bytes() == BODY
 
 
+@pytest.fixture
+def disk(monkeypatch):
+    """Sets how many bytes are free, one value for each time it is asked."""
+
+    def free(*counts):
+        counts = list(counts)
+        monkeypatch.setattr(
+            shutil,
+            'disk_usage',
+            lambda _: types.SimpleNamespace(
+                free=counts.pop(0) if len(counts) > 1 else counts[0]
+            ),
+        )
+
+    return free
+
+
+def test_a_file_that_does_not_fit_is_not_begun(server, cache, disk):
+    disk(len(BODY) - 1)
+    server.routes['/w'] = file(BODY)
+    fails(f'{server.address}/w', '(750B) does not fit', cache, '749B', 'VIT_JAX_CACHE')
+    assert not [p for p in cache.iterdir() if p.suffix != '.lock']
+    disk(len(BODY))
+    assert fetch(f'{server.address}/w').read_bytes() == BODY
+
+
+@pytest.mark.parametrize('tag', ['"1"', '"2"'])  # resumed, or in place of the part
+def test_what_is_missing_has_to_fit(server, cache, disk, once, tag):
+    server.routes['/w'] = file(BODY, 320)
+    with once:
+        fails(f'{server.address}/w')
+    server.routes['/w'] = file(BODY, tag=tag)
+    disk(len(BODY) - 321)
+    fails(f'{server.address}/w', 'does not fit')
+    disk(len(BODY) - 320)
+    assert fetch(f'{server.address}/w').read_bytes() == BODY
+
+
+def test_a_file_without_an_end_leaves_room(server, cache, disk, monkeypatch):
+    monkeypatch.setattr(f'{MODULE}._RESERVE', 100)
+    server.routes['/w'] = in_chunks(BODY, Content_Length=None)
+    disk(*range(130, 0, -10))
+    fails(f'{server.address}/w', '(of unknown size) does not fit', '90.0B are free')
+    assert len(server.asked) == 1
+    assert not [p for p in cache.iterdir() if p.suffix != '.lock']
+    disk(100)
+    assert fetch(f'{server.address}/w').read_bytes() == BODY
+
+
+def test_an_error_about_a_fetched_file_says_what_to_delete(server, cache, tmp_path):
+    server.routes['/w'] = file(BODY)
+    path = fetch(f'{server.address}/w')
+    with pytest.raises(UserError) as error, telling_cached(path):
+        raise UserError('w is damaged')
+    assert str(error.value) == (
+        f'w is damaged (it is in the cache; to fetch it again, delete {path})'
+    )
+    with pytest.raises(UserError, match=r'^w is damaged$'), telling_cached(tmp_path):
+        raise UserError('w is damaged')
+    cached_at(path).unlink()
+    fetch(f'{server.address}/w')
+    assert len(server.asked) == 2
+    assert cached_at(cache) is None
+
+
+def test_a_cache_may_be_a_relative_path(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('VIT_JAX_CACHE', 'here')
+    server.routes['/w'] = file(BODY)
+    path = fetch(f'{server.address}/w')
+    assert cached_at(path) == tmp_path / path
+    assert cached_at(path.absolute()) == tmp_path / path
+
+
 def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
     assert module._cache_folder() == tmp_path / 'cache'
@@ -597,6 +746,7 @@ def test_augreg_is_short_for_an_address(server, monkeypatch):
     path = fetch('augreg:R_Ti_16-i1k--lr_0.03')
     assert path.read_bytes() == BODY
     assert fetch('augreg:R_Ti_16-i1k--lr_0.03.npz') == path
+    assert fetch('AUGREG:R_Ti_16-i1k--lr_0.03') == path
     fails('augreg:other', '404 Not Found')
 
 
@@ -714,6 +864,18 @@ def test_a_file_of_a_repository(hub):
     assert {path[-7:] for _, path, _ in hub.server.asked} == {'a/w.npz'}
     commit = commit_of({'a/w.npz': OTHER})
     assert fetch(f'HF:org/vit/a/w.npz@{commit}').read_bytes() == OTHER
+
+
+@pytest.mark.parametrize('name', ['hf:org/vit', 'hf:org/vit/model.safetensors'])
+def test_what_to_delete_of_a_repository(hub, tmp_path, name):
+    hub.repos['org/vit'] = {'main': {'model.safetensors': BODY}}
+    hub.repos['org/other'] = {'main': {'model.safetensors': OTHER}}
+    other = fetch('hf:org/other')
+    kept = cached_at(fetch(name))
+    assert kept == tmp_path / 'hub/models--org--vit'
+    shutil.rmtree(kept)
+    fails(name, 'offline', offline=True)
+    assert held(other) == {'model.safetensors': OTHER}
 
 
 def test_an_index_brings_what_it_names(hub):

@@ -181,6 +181,12 @@ def make_variations(cases):
         'pos_embed': np.concatenate([first, positions], axis=1),
         'mask_token': first[0],
     }
+    # DINO's teacher, as it was trained: with the head of its loss.
+    loss_head = [
+        f'head.mlp.{i}.{leaf}' for i in (0, 2, 4) for leaf in ('weight', 'bias')
+    ]
+    loss_head += ['head.last_layer.weight_g', 'head.last_layer.weight_v']
+    own |= dict.fromkeys(loss_head, np.ones((5, 3), np.float32))
 
     hf_vit, hf_resnet = cases['hf_vit'].arrays, cases['hf_resnet']
     bare = operator.methodcaller('removeprefix', 'resnet.')
@@ -191,7 +197,7 @@ def make_variations(cases):
     return {
         'split': cases['deit']._replace(arrays=split),
         'dinov2_own': cases['registers']._replace(
-            arrays=own, ignored=('mask_token',), initialised=()
+            arrays=own, ignored=('mask_token', *loss_head), initialised=()
         ),
         'parallel': cases['deit']._replace(
             arrays={f'module.{k}': x for k, x in cases['deit'].arrays.items()}

@@ -361,7 +361,7 @@ def tar_bytes():
             'git lfs pull',
         ),
         (npy(np.ones(3)), 'a single array'),
-        (gzip.compress(b'x' * 99), 'a gzip archive'),
+        (gzip.compress(b'x' * 99, mtime=0), 'a gzip archive'),
         (tar_bytes(), 'a tar archive'),
         (pickle.dumps({'a': 1}), 'a Python pickle'),
         (b'{"a": 1}', "JSON without 'weight_map'"),
@@ -404,12 +404,19 @@ def test_objects_in_npz_are_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'array', [np.array(['a']), np.zeros(2, 'M8[s]'), np.zeros(2, [('a', 'i1')] * 1)]
+    ('array', 'name'),
+    [
+        (np.array(['a']), 'str32'),
+        (np.zeros(2, 'M8[s]'), 'datetime64[s]'),
+        (np.zeros(2, [('a', 'i1')]), 'void8'),
+        (np.zeros(2, complex), 'complex128'),
+    ],
 )
-def test_other_than_numbers_matters_only_where_it_is_read(tmp_path, array):
+def test_other_than_numbers_matters_only_where_it_is_read(tmp_path, array, name):
     path = save_npz(tmp_path / 'a.npz', a=array, b=np.ones(2))
     np.testing.assert_array_equal(open_weights(path).arrays['b'].read(), 1)
     assert open_weights(path).arrays['a'].dtype.kind == 'V'
+    assert open_weights(path).arrays['a'].type_name == name
     refuse_array(path, 'a', 'plain numbers')
 
 
@@ -554,6 +561,8 @@ def test_safetensors_of_other_types_matter_only_where_they_are_read(tmp_path):
     assert not weights.arrays['a'].read().any()
     assert weights.arrays['b\n'].shape == (3,)
     assert weights.arrays['b\n'].dtype.kind == 'V'
+    assert weights.arrays['b\n'].type_name == 'F8_E4M3'
+    assert weights.arrays['a'].type_name == 'float32'
     refuse_array(path, 'b\n', 'F8_E4M3')
 
 
@@ -637,6 +646,22 @@ def test_tensors_of_every_kind(tmp_path, torch, zipped):
             ["took 'state_dict' of state_dict", "took 'model' of model, n 1"],
         ),
         (
+            lambda d: {'module': d, 'optimizer': {}},
+            ["took 'module' of module, optimizer"],
+        ),
+        (
+            lambda d: {'state_dict': {f'model._orig_mod.{k}': v for k, v in d.items()}},
+            [
+                "took 'state_dict' of state_dict",
+                "took 'model.' off every name",
+                "took '_orig_mod.' off every name",
+            ],
+        ),
+        (
+            lambda d: {f'module.backbone.{k}': v for k, v in d.items()},
+            ["took 'module.' off every name", "took 'backbone.' off every name"],
+        ),
+        (
             lambda d: {'model': d, 'args': argparse.Namespace(lr=0.1, output='x')},
             ["took 'model' of model, args"],
         ),
@@ -656,6 +681,76 @@ def test_the_state_dict_is_found(tmp_path, torch, zipped, wrap, notes):
     assert weights.notes == notes
     assert set(weights.arrays) == set(tensors)
     assert weights.arrays['patch.weight'].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ('names', 'inner', 'rest'),
+    [
+        ('backbone.a backbone.b head.c', 'a b head.c', 'head.c'),
+        ('backbone.a head.b', None, None),  # not most
+        ('backbone.a backbone.b a', None, None),  # two would be one
+        ('model.a model.b module.c', None, None),  # not all
+    ],
+)
+def test_prefixes_of_some_names(tmp_path, names, inner, rest):
+    arrays = {name: np.full(2, i) for i, name in enumerate(names.split())}
+    write_weights(tmp_path / 'a.npz', arrays, {})
+    assert list(open_weights(tmp_path / 'a.npz').arrays) == list(arrays)
+    write_weights(tmp_path / 'a.safetensors', arrays, {})
+    weights = open_weights(tmp_path / 'a.safetensors')
+    assert weights.notes == [f"took 'backbone.' off every name but {rest}"] * bool(rest)
+    for name, old in zip((inner or names).split(), arrays, strict=True):
+        same_bits(weights.arrays[name].read(), arrays[old])
+
+
+def test_the_teacher_of_dino(tmp_path, torch):
+    teacher = {f'backbone.blocks.{i}': torch.ones(2) for i in range(9)}
+    held = {'student': {}, 'teacher': teacher | {'head.mlp': torch.ones(3)}}
+    weights = open_weights(save_torch(torch, tmp_path / 'a', held))
+    assert set(weights.arrays) == {*(f'blocks.{i}' for i in range(9)), 'head.mlp'}
+    assert weights.notes[1:] == ["took 'backbone.' off every name but head.mlp"]
+
+
+@FORMATS
+def test_numbers_of_numpy_beside_the_weights(tmp_path, torch, zipped):
+    held = {
+        'model': {'a': torch.ones(2), 'b': np.float32(3)},
+        'best': [np.float64(0.5), np.int64(3), np.bool_(True), np.str_('x')],
+        'state': np.arange(3),
+        np.int64(7): np.dtype('f4'),
+    }
+    path = save_torch(torch, tmp_path / 'a.pth', held, zipped)
+    weights = open_weights(path)
+    assert set(weights.arrays) == {'a'}
+    assert weights.notes[1:] == ['skipped what is no tensor: b']
+    if not zipped:  # which has no place for lengths and sums; as NumPy 1 writes it
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b'numpy._core.', b'numpy.core.'))
+        assert b'numpy.core.multiarray\nscalar' in path.read_bytes()
+        assert set(open_weights(path).arrays) == {'a'}
+
+
+class Made:
+    """Pickled as a function of NumPy that is called with these arguments."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_numpy_is_not_asked_to_make_its_objects(tmp_path, torch):
+    # Its own functions make pointers of bytes, where a dtype of the file says so.
+    scalar = np.float64(1).__reduce__()[0]
+    fields = Made(np.dtype, [('x', 'O')])
+    held = {'a': torch.ones(2), 'b': Made(scalar, fields, bytes(8))}
+    path = save_torch(torch, tmp_path / 'a.pth', held)
+    assert open_weights(path).notes == ['skipped what is no tensor: b']
+    with pytest.raises(RuntimeError, match='Unpickling NPY_LIST_PICKLE'):
+        torch.load(path, weights_only=False)  # the real function is called
+    held['b'] = Made(np.load, str(tmp_path / 'x'))
+    refuse(save_torch(torch, path, held), 'pickled objects (numpy.load)')
 
 
 @FORMATS
@@ -705,6 +800,7 @@ def test_tensors_of_other_types_matter_only_where_they_are_read(
     path = save_torch(torch, tmp_path / 'a.pth', held, zipped)
     np.testing.assert_array_equal(open_weights(path).arrays['b'].read(), 1)
     refuse_array(path, 'a', 'complex64')
+    assert open_weights(path).arrays['a'].type_name == 'complex64'
 
 
 @FORMATS

@@ -13,6 +13,7 @@ import os
 import pathlib
 import posixpath
 import re
+import shutil
 import sys
 import time
 import urllib.parse
@@ -32,6 +33,7 @@ _AUGREG = 'https://storage.googleapis.com/vit_models/augreg/{}.npz'
 # How torch.hub names files: the first digits of the sha256. But not '-20220131.pth'.
 _HASH_IN_NAME = re.compile(r'-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.pth$')
 _CHUNK = 1 << 18  # bytes; as many are lost when a connection breaks
+_RESERVE = 1 << 28  # bytes of the disk that a file of unknown size leaves free
 
 _HUB_NAME = re.compile(r'hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@\s]+))?', re.I)
 # The weights of a repository, the best first; an index names the files beside it.
@@ -48,8 +50,10 @@ def is_address(name: str) -> bool:
 
     >>> is_address('hf:timm/convit_tiny.fb_in1k'), is_address('weights/vit.npz')
     (True, False)
+
+    Also of addresses that `fetch` refuses, such as 's3://bucket/vit.npz'.
     """
-    return re.match(r'(hf|augreg):|https?://', name, re.I) is not None
+    return re.match(r'(hf|augreg):|[a-z][a-z0-9+.-]+://', name, re.I) is not None
 
 
 def fetch(name: str, *, offline: bool | None = None) -> pathlib.Path:
@@ -84,7 +88,46 @@ def fetch(name: str, *, offline: bool | None = None) -> pathlib.Path:
         if not re.fullmatch(r'[\w.+-]+', rest):
             raise UserError(f'{name!r} should be augreg:NAME, with the name of a file')
         return _fetch_web(_AUGREG.format(rest), offline)
+    if kind.lower() == 'gs' and rest.startswith('//'):
+        right = f'https://storage.googleapis.com/{rest[2:]}'
+        raise UserError(f'{name!r} is not supported; it should be {right!r}')
+    if kind.lower() not in ('http', 'https') and rest.startswith('//'):
+        raise UserError(
+            f'{name!r} is not supported; it should be an address of https://, hf: or '
+            'augreg:, or the path of a file'
+        )
     return _fetch_web(name, offline)
+
+
+def cached_at(path: pathlib.Path) -> pathlib.Path | None:
+    """What to delete so that `fetch` asks for `path` again.
+
+    Returns:
+      None for what was not fetched.
+    """
+    from huggingface_hub import constants
+
+    path = pathlib.Path(os.path.abspath(path))
+    if pathlib.Path(os.path.abspath(_cache_folder())) in path.parents:
+        return path
+    hub = pathlib.Path(os.path.abspath(constants.HF_HUB_CACHE))
+    if hub in path.parents:  # links to files that are elsewhere in the repository
+        return hub / path.relative_to(hub).parts[0]
+    return None
+
+
+@contextlib.contextmanager
+def telling_cached(path: pathlib.Path) -> Iterator[None]:
+    """Adds to an error about a file of the cache how to have it fetched again."""
+    try:
+        yield
+    except UserError as error:
+        kept = cached_at(path)
+        if kept is None:
+            raise
+        raise UserError(
+            f'{error} (it is in the cache; to fetch it again, delete {kept})'
+        ) from error
 
 
 # The web.
@@ -185,7 +228,7 @@ def _check_hash(
     with part.open('rb') as file:
         found = hashlib.file_digest(file, kind).hexdigest()
     if not found.startswith(expected):
-        part.unlink()
+        _remove(part)
         raise UserError(
             f'{url} has the {kind} {found}, and should have {expected} by {source}; '
             'the file is damaged or another one, and was removed'
@@ -250,14 +293,15 @@ def _receive(url: str, part: pathlib.Path) -> str:
         if response.status_code in (408, 429) or response.status_code >= 500:
             raise requests.ConnectionError(f'its server answers {status}')
         if have and response.status_code == 416:
-            part.unlink()
+            _remove(part)
             raise requests.ConnectionError('it has no such part any more')
         if not response.ok:
             raise UserError(f'cannot fetch {url}: its server answers {status}')
         start, total = _extent(url, response)
         if start not in (0, have):
-            part.unlink(missing_ok=True)
+            _remove(part)
             raise requests.ConnectionError('its server sent another part than asked')
+        _check_space(url, part, None if total is None else total - _size(part))
         if start:
             _log(f'resuming {url} ({_bytes(total)}) after {_bytes(start)}')
         else:
@@ -277,12 +321,20 @@ def _receive(url: str, part: pathlib.Path) -> str:
             ) as bar,
         ):
             for chunk in response.iter_content(_CHUNK):
+                if total is None:
+                    _check_space(url, part, None)
+                elif file.tell() + len(chunk) > total:
+                    _remove(part)
+                    raise requests.ConnectionError('its server sent more than all')
                 file.write(chunk)
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())  # its final name must not outlive its content
         if total is not None and _size(part) != total:
             raise requests.ConnectionError('the connection was closed early')
+        if not _size(part):
+            _remove(part)
+            raise UserError(f'{url} is empty; it should be the address of the file')
         # Google's storage: 'crc32c=n03x6A==, md5=Ojk9c3dhfxgoKVVHYwFbHQ=='.
         md5 = re.search(r'md5=([\w+/]{22}==)', response.headers.get('x-goog-hash', ''))
         return base64.b64decode(md5[1]).hex() if md5 else ''
@@ -296,6 +348,13 @@ def _extent(url: str, response: Any) -> tuple[int, int | None]:
     headers = response.headers
     if headers.get('Content-Type', '').startswith('text/html'):
         raise UserError(f'{url} is a web page; it should be the address of the file')
+    encoding = headers.get('Content-Encoding', '')
+    if encoding.lower() not in ('', 'identity'):
+        raise UserError(
+            f'{url}: its server answers with the file packed ({encoding[:80]!r}), of '
+            'which neither the size nor the hash is that of the file; download it by '
+            'hand'
+        )
     if response.status_code == 206:
         extent = re.match(r'bytes (\d+)-\d+/(\d+)$', headers.get('Content-Range', ''))
         if extent:
@@ -304,12 +363,30 @@ def _extent(url: str, response: Any) -> tuple[int, int | None]:
         length = headers.get('Content-Length', '')
         if length.isdecimal():
             return 0, int(length)
-        if 'chunked' in headers.get('Transfer-Encoding', ''):
+        if headers.get('Transfer-Encoding', '').lower() == 'chunked':
             return 0, None
     raise UserError(
         f'{url}: its server answers {response.status_code} without the length of the '
         'file, so that a part could pass for the whole; download it by hand'
     )
+
+
+def _check_space(url: str, part: pathlib.Path, needed: int | None) -> None:
+    """Refuses to fill the disk, before it is full."""
+    free = shutil.disk_usage(part.parent).free
+    if free >= (_RESERVE if needed is None else needed):
+        return
+    if needed is None:  # there may be no end to it
+        _remove(part)
+    raise UserError(
+        f'{url} ({_bytes(needed)}) does not fit in {part.parent}, where '
+        f'{_bytes(free)} are free; make room, or set VIT_JAX_CACHE to another folder'
+    )
+
+
+def _remove(part: pathlib.Path) -> None:
+    part.unlink(missing_ok=True)
+    _version_file(part).unlink(missing_ok=True)
 
 
 def _version_file(part: pathlib.Path) -> pathlib.Path:

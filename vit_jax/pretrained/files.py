@@ -26,6 +26,7 @@ from vit_jax.pretrained.damage import reading, reason
 from vit_jax.pretrained.state_dict import (
     read_state_dict,
     to_numpy,
+    unwrap_names,
     write_state_dict,
 )
 
@@ -73,11 +74,18 @@ class LazyArray(NamedTuple):
         refuses.
       read: gives the array, apart from the file. Raises a `UserError` when the data
         are damaged or no plain numbers.
+      refused: the type of one that `read` refuses, in the words of its file.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    refused: str = ''
+
+    @property
+    def type_name(self) -> str:
+        """The type of the numbers, for messages."""
+        return self.refused or self.dtype.name
 
 
 class WeightFile(NamedTuple):
@@ -123,12 +131,11 @@ def open_weights(path: pathlib.Path) -> WeightFile:
         weights = _open_file(path, head)
     if not weights.arrays:
         raise UserError(f'{path} holds no arrays')
-    prefix = 'module.'  # of a model wrapped for several devices
-    if weights.kind != 'npz' and all(n.startswith(prefix) for n in weights.arrays):
-        arrays = {n.removeprefix(prefix): a for n, a in weights.arrays.items()}
-        notes = [*weights.notes, f'took {prefix!r} off every name']
-        weights = weights._replace(arrays=arrays, notes=notes)
-    return weights
+    if weights.kind == 'npz':
+        return weights
+    names, notes = unwrap_names(weights.arrays)
+    arrays = {names[name]: array for name, array in weights.arrays.items()}
+    return weights._replace(arrays=arrays, notes=weights.notes + notes)
 
 
 def _find_file(path: pathlib.Path) -> pathlib.Path:
@@ -277,7 +284,7 @@ def _refused(shape: tuple[int, ...], what: str, dtype: str) -> LazyArray:
     def read() -> np.ndarray:
         raise UserError(f'{what} is of type {dtype}; weights are plain numbers')
 
-    return LazyArray(shape, np.dtype('V'), read)
+    return LazyArray(shape, np.dtype('V'), read, dtype)
 
 
 # Zip archives: .npz, and .pth since PyTorch 1.6.

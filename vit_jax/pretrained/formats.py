@@ -61,6 +61,7 @@ def _batch_norm(theirs: str, ours: str) -> Iterator[Rule]:
 
 
 _LINEAR = ('kernel', 'bias')
+_LEAVES = ('weight', 'bias')  # of PyTorch
 _QKV = ('query', 'key', 'value')
 
 
@@ -135,7 +136,16 @@ TIMM = Format(
             'stem/stage{s+1}_block{b+1}/shortcut_norm',
         ),
     ),
-    ignored={'mask_token': 'only masked pre-training reads it'},
+    ignored={
+        'mask_token': 'only masked pre-training reads it',
+        **dict.fromkeys(
+            (
+                *(f'head.mlp.{i}.{leaf}' for i in (0, 2, 4) for leaf in _LEAVES),
+                *(f'head.last_layer.weight_{leaf}' for leaf in 'gv'),
+            ),
+            'the projection head of DINO serves its training only',
+        ),
+    },
 )
 
 # BiT in timm.

@@ -227,7 +227,7 @@ def _check(
                 f'the model needs {times(step.shape)}'
             )
         elif not _like(step.array.dtype, leaves[step.parts[0][0]].dtype):
-            faults.append(f'{step.name} is of {step.array.dtype}, not of floats')
+            faults.append(f'{step.name} is of {step.array.type_name}, not of floats')
     if strange:
         faults.append(f'the file has {some(strange)}, which the model has not')
     missing = [p for p in leaves if p not in filled and p not in plan.initialised]

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
 from vit_jax.pretrained.damage import reading
-from vit_jax.pretrained.fetch import fetch, is_address
+from vit_jax.pretrained.fetch import fetch, is_address, telling_cached
 from vit_jax.pretrained.files import LazyArray, WeightFile, open_weights
 from vit_jax.pretrained.metadata import check_metadata, parse_metadata
 from vit_jax.pretrained.published import find_published, from_hugging_face
@@ -53,7 +53,8 @@ def open_source(path: str | os.PathLike) -> Source:
     local = fetch(name) if is_address(name) else pathlib.Path(name)
     if (local / 'checkpoints').is_dir():
         return _open_workdir(local)
-    file = open_weights(local)
+    with telling_cached(local):
+        file = open_weights(local)
     metadata = published or _read_metadata(local, file)
     if metadata is not None:
         metadata = check_metadata(metadata, file.path)

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +17,32 @@ from vit_jax.pretrained.damage import listed, reading
 # (CVE-2025-32434, CVE-2026-24747).
 _SAFE = '2.10'
 # Where training scripts keep the state dict among other things, the best first.
-_PLACES = ('model_ema', 'state_dict_ema', 'model', 'state_dict', 'teacher')
+_PLACES = ('model_ema', 'state_dict_ema', 'model', 'state_dict', 'module', 'teacher')
+# Before every name: of DataParallel, torch.compile and Lightning.
+_WRAPPERS = ('module.', '_orig_mod.', 'model.')
+_BACKBONE = 'backbone.'  # before most: of what was trained with a head of its own
+
+
+class NumPyObject:
+    """Stands for a number or array of NumPy beside the weights.
+
+    Its values are not needed, and NumPy's own functions to make it trust the file.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# By the names of NumPy 1 and 2.
+_NUMPY = ['numpy.dtype', 'numpy.ndarray']
+_NUMPY += [
+    f'numpy.{core}.multiarray.{name}'
+    for core in ('core', '_core')
+    for name in ('scalar', '_reconstruct')
+]
 
 
 def read_state_dict(
@@ -43,8 +68,10 @@ def read_state_dict(
             f'reading {path} safely needs PyTorch {_SAFE}, and this is '
             f"{torch.__version__}: pip install -U 'vit_jax[torch]'"
         )
-    # Published checkpoints hold the command line beside the weights.
-    safe = torch.serialization.safe_globals([argparse.Namespace])
+    # Published checkpoints hold the command line and metrics beside the weights.
+    safe = torch.serialization.safe_globals(
+        [argparse.Namespace, *((NumPyObject, name) for name in _NUMPY)]
+    )
     with reading(path), safe:
         try:
             held = torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
@@ -86,6 +113,37 @@ def read_state_dict(
     if skipped:
         notes.append(f'skipped what is no tensor: {listed(skipped)}')
     return tensors, notes
+
+
+def unwrap_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Names in a state dict without those of what the model was wrapped in.
+
+    Args:
+      names: of its tensors.
+
+    Returns:
+      Each name and the model's own, and what was taken off, one line each. Names
+      that lack a prefix which most have stay as they are.
+
+    >>> unwrap_names(['module.norm.bias', 'module.norm.weight'])[0]
+    {'module.norm.bias': 'norm.bias', 'module.norm.weight': 'norm.weight'}
+    """
+    inner, notes = {name: name for name in names}, []
+
+    def having(prefix: str) -> set[str]:
+        return {name for name, own in inner.items() if own.startswith(prefix)}
+
+    while found := [x for x in _WRAPPERS if inner and len(having(x)) == len(inner)]:
+        inner = {name: own.removeprefix(found[0]) for name, own in inner.items()}
+        notes.append(f'took {found[0]!r} off every name')
+    inside = having(_BACKBONE)
+    shorter = inner | {name: inner[name].removeprefix(_BACKBONE) for name in inside}
+    if 2 * len(inside) > len(inner) and len({*shorter.values()}) == len(inner):
+        rest = [own for name, own in inner.items() if name not in inside]
+        left = f'name but {listed(rest)}' if rest else 'name'
+        notes.append(f'took {_BACKBONE!r} off every {left}')
+        inner = shorter
+    return inner, notes
 
 
 def _has(held: Any, place: str) -> bool:
