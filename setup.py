@@ -53,6 +53,7 @@ setup(
             'hypothesis>=6.100,<7',
             'mypy>=1.11,<3',
             'pytest>=8,<10',
+            'pytest-xdist>=3.6,<4',
             'ruff>=0.6,<1',
         ],
         # TensorFlow, for TFDS to prepare the datasets it downloads itself.

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
+from vit_jax.checkpoint import Checkpoints
 from vit_jax.errors import UserError
 from vit_jax.export import (
     export,
@@ -22,6 +23,7 @@ from vit_jax.export import (
 from vit_jax.layers import attention
 from vit_jax.models import build_model
 from vit_jax.pretrained.convert import to_arrays, to_published, write_file, write_folder
+from vit_jax.state import TrainState
 
 V = 7
 SIZES = {'width': 8, 'depth': 1, 'mlp_dim': 10, 'num_heads': 4}
@@ -224,10 +226,17 @@ def test_neither_the_class_nor_the_config_is_needed(tmp_path, monkeypatch):
         variables, images = draw(model, shape), make_images(3, shape)
         expected = reference(model, variables, images)
         metadata = describe('fork_of_today:Net', {}, shape)
+        # The workdir of a run may name code; a folder from anywhere may not.
         write_folder(tmp_path / 'native', to_arrays(variables), metadata)
-        export(tmp_path / 'native', tmp_path / 'out')
+        with pytest.raises(UserError, match='names code to import'):
+            export(tmp_path / 'native', tmp_path / 'out')
+        step = jnp.zeros((), jnp.int32)
+        with Checkpoints(tmp_path / 'run') as checkpoints:
+            state = TrainState(step, variables, opt_state={'count': step})
+            checkpoints.save(1, state, metadata)
+        export(tmp_path / 'run', tmp_path / 'out')
     del sys.modules['fork_of_today']
-    shutil.rmtree(tmp_path / 'native')
+    shutil.rmtree(tmp_path / 'run')
     (tmp_path / 'fork_of_today.py').unlink()
     with pytest.raises(UserError, match="No module named 'fork_of_today'"):
         build_model('fork_of_today:Net', V)

@@ -100,7 +100,8 @@ def export(
         'of a model without a classifier',
     }
     metadata = {**with_grid(metadata, variables), 'program': about}
-    write_folder(dst, to_arrays(variables), metadata, bytes(program.serialize()))
+    serialized = bytes(program.serialize())
+    write_folder(dst, to_arrays(variables), metadata, serialized, force=force)
     return report
 
 

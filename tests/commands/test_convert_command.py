@@ -2,9 +2,14 @@ import json
 import shutil
 import sys
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from vit_jax.models import build_model
+from vit_jax.pretrained.convert import to_arrays, write_folder
 from vit_jax.pretrained.files import open_weights, write_weights
 
 pytest_plugins = ['command_fixtures']
@@ -67,8 +72,12 @@ def test_round_trip(run, digits, tmp_path, make_image):
     file, folder = tmp_path / 'a.safetensors', tmp_path / 'new' / 'folder'
     code, out, err = run('convert', digits, file)
     assert (code, out) == (0, '')
-    first, last = err.splitlines()
+    first, note, last = err.splitlines()
     assert first.startswith(f'{digits} at step 3 ')
+    assert note == (
+        'the names do not tell num_heads=4, num_local_layers=1 (timm: '
+        'local_up_to_layer=1): its reader must know'
+    )
     assert last == f'wrote {file}: 34 arrays (the naming of timm)'
     assert open_weights(file).arrays['blocks.0.attn.qk.weight'].shape == (128, 64)
     code, out, err = run('convert', file, folder)
@@ -141,8 +150,8 @@ def test_copies_of_published_weights(run, tmp_path, monkeypatch):
     assert code == 0, err
     assert json.loads((folder / 'metadata.json').read_text()) == metadata
     _, _, err = run('convert', folder, tmp_path / 'a.safetensors')
-    note = "the names do not tell activation='gelu_tanh': its reader must know"
-    assert err.splitlines()[1] == note
+    told = "activation='gelu_tanh', num_heads=3"
+    assert err.splitlines()[1] == f'the names do not tell {told}: its reader must know'
 
 
 def test_exported_folders_leave_their_program_behind(run, digits, tmp_path):
@@ -222,6 +231,12 @@ def test_what_is_there_is_kept(run, fails, digits, tmp_path):
             ['{vit}', 'a', '--model=ViT-Ti/2', '--grid=3*5'],
             "--grid is 14 or 14x20 (height x width), not '3*5'",
         ),
+        (['{vit}', '..'], "name a folder to make, not '..'"),
+        (
+            ['{digits}', 'a', '--grid=2x4'],
+            '--grid=2x4, but {digits} says that the grid of its positions is 4x4; '
+            'leave --grid out',
+        ),
         (
             ['{vit}', '{vit}/a.npz', '--model=ViT-Ti/2', '--grid=3x4'],
             'cannot write {vit}/a.npz: ',
@@ -263,3 +278,153 @@ def test_folders_with_other_files_are_not_replaced(fails, digits, tmp_path):
     shutil.copy(__file__, tmp_path / 'thesis' / 'thesis.tex')
     message = fails('convert', digits, tmp_path / 'thesis', '--force')
     assert "'thesis.tex', which is not ours to replace" in message
+
+
+SMALL = {'width': 8, 'depth': 1, 'mlp_dim': 6, 'num_heads': 2}
+
+
+@pytest.fixture
+def make_small(tmp_path):
+    """Writes our folder of a small ViT for a grid of 3x4, with more fields."""
+
+    def make_small(name='ViT-Ti/2', **kwargs):
+        kwargs, patch = {**SMALL, **kwargs}, int(name.split('/')[1])
+        size = [3 * patch, 4 * patch]
+        model = build_model(name, 3, **kwargs)
+        variables = model.init(jax.random.key(0), jnp.zeros((1, *size, 3)))
+        about = {'name': name, 'kwargs': kwargs, 'num_classes': 3, 'dtype': 'float32'}
+        about = {'model': about, 'preprocessing': {'image_size': size, 'channels': 3}}
+        write_folder(tmp_path / 'small', to_arrays(variables), about)
+        return tmp_path / 'small'
+
+    return make_small
+
+
+@pytest.mark.parametrize('suffix', ['.npz', '.safetensors', '.pth'])
+@pytest.mark.parametrize('posemb', ['none', 'sincos2d'])
+def test_fixed_positions_stay_in_a_folder(
+    run, fails, make_small, tmp_path, posemb, suffix
+):
+    folder = make_small(posemb=posemb)
+    message = fails('convert', folder, tmp_path / f'a{suffix}')
+    assert message == (
+        f"posemb='{posemb}' has no weights, and timm and Google's code would miss "
+        'positions in the file; keep it as a folder: let DST end in nothing'
+    )
+    assert run('convert', folder, tmp_path / 'a').code == 0
+
+
+def test_a_distilled_model_with_registers_stays_in_a_folder(
+    run, fails, make_small, tmp_path
+):
+    folder = make_small(distilled=True, num_registers=2)
+    message = fails('convert', folder, tmp_path / 'a.safetensors')
+    assert message.startswith('timm has no model with both a distillation token and ')
+    assert run('convert', folder, tmp_path / 'a').code == 0
+
+
+# Of a hybrid: a stem and one block, which leave a quarter of the size.
+TRUNK = {'stage_sizes': [1], 'width': 4, 'num_groups': 2}
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'suffix', 'notes'),
+    [
+        ({'activation': 'gelu_tanh'}, '.npz', []),
+        (
+            {'pool': 'mean', 'activation': 'gelu_tanh', 'layer_norm_eps': 1e-5},
+            '.npz',
+            [
+                "the names do not tell layer_norm_eps=1e-05, pool='mean' (timm: "
+                "global_pool='avg', class_token=False, fc_norm=False): its reader must "
+                'know'
+            ],
+        ),
+        (
+            {'representation_size': 5},
+            '.safetensors',
+            [
+                'the names do not tell num_heads=2: its reader must know',
+                "pre_logits (representation_size=5) is read by Google's code and by "
+                'older versions of timm, not by its newer ones',
+            ],
+        ),
+        (
+            {'name': 'ViT-Ti/4', 'stem': 'resnet', 'stem_kwargs': TRUNK},
+            '.safetensors',
+            [
+                'the names do not tell num_heads=2: its reader must know',
+                'weights are standardised by their deviation + 1e-05 here, in timm by '
+                'sqrt(variance + 1e-8): its outputs differ a little',
+            ],
+        ),
+        (
+            {
+                'name': 'ViT-Ti/4',
+                'activation': 'gelu_tanh',
+                'stem': 'resnet',
+                'stem_kwargs': {**TRUNK, 'standardize_eps': 0.0},
+            },
+            '.npz',
+            [
+                'weights are standardised by their deviation + 0.0 here, in '
+                "Google's code by + 1e-05"
+            ],
+        ),
+    ],
+)
+def test_what_names_do_not_tell(run, make_small, tmp_path, kwargs, suffix, notes):
+    code, _, err = run('convert', make_small(**kwargs), tmp_path / f'a{suffix}')
+    assert code == 0, err
+    assert err.splitlines()[1:-1] == notes
+
+
+def test_a_grid_that_is_known_may_be_said_again(run, make_small, tmp_path):
+    folder = make_small()
+    assert run('convert', folder, tmp_path / 'a', '--grid=3x4').code == 0
+
+
+def test_a_safetensors_file_tells_its_grid(run, fails, make_small, tmp_path):
+    file = tmp_path / 'a.safetensors'
+    assert run('convert', make_small(), file).code == 0
+    message = fails('convert', file, tmp_path / 'a', '--grid=2x6')
+    assert message.startswith(f'--grid=2x6, but {file} says that the grid of its ')
+
+
+@pytest.mark.filterwarnings('ignore:overflow')
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_numbers_of_other_dtypes(run, make_small, tmp_path, dtype):
+    """All of half precision are float32's; those of float64 need not be."""
+    source = make_small()
+    about = json.loads((source / 'metadata.json').read_text())
+    arrays = {name: x.astype(dtype) for name, x in read(source).items()}
+    write_folder(source, arrays, about)
+    folder = tmp_path / 'a'
+    code, _, err = run('convert', source, folder)
+    assert code == 0
+    assert 'warning' not in err
+    for name, x in read(folder).items():
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(np.float64(x), np.float64(arrays[name]))
+    if dtype == np.float64:
+        grid, bias = 'params/posemb/grid', 'params/head/logits/bias'
+        arrays[grid][0, 0, :3] = 1 / 3, np.nan, 1 + 2**-20  # the first is rounded
+        arrays[bias][:] = 0.1, 1e300, 3.0  # the first two are not float32
+        write_folder(source, arrays, about)
+        _, _, err = run('convert', source, folder, '--force')
+        lines = [x for x in err.splitlines() if x.startswith('warning: 3 numbers')]
+        assert lines == [
+            'warning: 3 numbers of float64 were rounded to float32, in '
+            + ', '.join(name for name in sorted(arrays) if name in (grid, bias))
+        ]
+
+
+def test_the_config_of_a_run_stays_with_it(run, digits, data_dir, tmp_path):
+    """It tells where the data lie."""
+    for name in ('a', 'a.safetensors'):
+        assert run('convert', digits, tmp_path / name).code == 0
+    texts = (tmp_path / 'a' / 'metadata.json', tmp_path / 'a.safetensors')
+    for path in texts:
+        assert str(data_dir).encode() not in path.read_bytes()
+    about = json.loads((tmp_path / 'a' / 'metadata.json').read_text())
+    assert sorted(about) == ['class_names', 'model', 'preprocessing']

@@ -1,8 +1,10 @@
 """Weights on their way out: which names, which files, and that no bit is lost."""
 
+import errno
 import itertools
 import json
 import os
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -270,12 +272,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_folder(tmp_path / 'a', arrays, wrong)
     assert list(tmp_path.iterdir()) == []
-    write_folder(tmp_path / 'a', arrays, {'old': 1}, b'old')
+    write_folder(tmp_path / 'a', arrays, {'model': 1}, b'old')
     with pytest.raises(TypeError):
         write_folder(tmp_path / 'a', arrays, wrong)
-    assert json.loads((tmp_path / 'a/metadata.json').read_text()) == {'old': 1}
-    write_folder(tmp_path / 'a', arrays, {'new': 1})
-    assert json.loads((tmp_path / 'a/metadata.json').read_text()) == {'new': 1}
+    assert json.loads((tmp_path / 'a/metadata.json').read_text()) == {'model': 1}
+    write_folder(tmp_path / 'a', arrays, {'model': 2})
+    assert json.loads((tmp_path / 'a/metadata.json').read_text()) == {'model': 2}
     assert not (tmp_path / 'a/program.bin').exists()
     assert os.listdir(tmp_path) == ['a']
 
@@ -305,3 +307,157 @@ def test_what_is_there_is_kept(tmp_path):
         check_free(tmp_path)
     with pytest.raises(UserError, match="holds 'empty', which is not ours to replace"):
         check_free(tmp_path, force=True)
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'a/..'])
+def test_paths_without_a_name(name):
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"^name a folder to make, not '"):
+            check_free(pathlib.Path(name), force)
+
+
+ARRAYS = {'a': np.ones(3, np.float32)}
+
+
+def version(folder):
+    return json.loads((folder / 'metadata.json').read_text())['model']
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Does something just before a folder is renamed to that path."""
+
+    def meanwhile(path, do):
+        rename = pathlib.Path.rename
+
+        def patched(self, target):
+            if target == path:
+                do()
+            return rename(self, target)
+
+        monkeypatch.setattr(pathlib.Path, 'rename', patched)
+
+    return meanwhile
+
+
+def test_what_appears_meanwhile_is_kept(tmp_path, meanwhile):
+    """Before the check, which is the second; and behind it."""
+    path = tmp_path / 'a'
+    path.mkdir()
+    (path / 'thesis').write_text('mine')
+    for force, message in ((False, 'exists already'), (True, "'thesis', .* not ours")):
+        with pytest.raises(UserError, match=message):
+            write_folder(path, ARRAYS, {}, force=force)
+        assert os.listdir(tmp_path) == ['a']
+        assert os.listdir(path) == ['thesis']
+    (path / 'thesis').unlink()  # an empty folder may be there
+    meanwhile(path, lambda: (path / 'thesis').write_text('mine'))
+    for force in (False, True):
+        with pytest.raises(UserError, match=f'^cannot write {path}: '):
+            write_folder(path, ARRAYS, {}, force=force)
+        assert os.listdir(tmp_path) == ['a']
+        assert os.listdir(path) == ['thesis']
+        (path / 'thesis').unlink()
+
+
+def test_without_force_not_even_a_folder_of_ours_is_replaced(tmp_path):
+    path = tmp_path / 'a'
+    write_folder(path, ARRAYS, {'model': 1}, force=False)
+    with pytest.raises(UserError, match=f'{path} exists already'):
+        write_folder(path, ARRAYS, {'model': 2}, force=False)
+    assert (version(path), os.listdir(tmp_path)) == (1, ['a'])
+
+
+def test_what_comes_into_a_folder_while_it_is_replaced(tmp_path, meanwhile):
+    """It lies where the old folder was put, which is then not removed."""
+    path, aside = tmp_path / 'a', tmp_path / 'a.replaced'
+    write_folder(path, ARRAYS, {'model': 1})
+    meanwhile(path, lambda: (aside / 'thesis').write_text('mine'))
+    write_folder(path, ARRAYS, {'model': 2})
+    assert (version(path), version(aside)) == (2, 1)
+    assert (aside / 'thesis').read_text() == 'mine'
+    message = f'{aside} is in the way'
+    with pytest.raises(UserError, match=message):
+        write_folder(path, ARRAYS, {'model': 3})
+    with pytest.raises(UserError, match=message):
+        check_free(path, force=True)
+    assert (version(path), version(aside)) == (2, 1)
+
+
+def test_a_failure_between_the_renames(tmp_path, monkeypatch):
+    """The old folder is put back; the message names the new one."""
+    path, rename = tmp_path / 'a', pathlib.Path.rename
+    write_folder(path, ARRAYS, {'model': 1})
+
+    def full(self, target):
+        if self.suffix == '.tmp':
+            assert not path.exists()
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, 'rename', full)
+    with pytest.raises(UserError, match=f'^cannot write {path}: No space left'):
+        write_folder(path, ARRAYS, {'model': 2})
+    assert (version(path), os.listdir(tmp_path)) == (1, ['a'])
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_a_kill_between_or_behind_the_renames(there, tmp_path):
+    """The next write with force removes what lies aside."""
+    path, aside = tmp_path / 'a', tmp_path / 'a.replaced'
+    write_folder(aside, ARRAYS, {'model': 1})
+    if there:
+        write_folder(path, ARRAYS, {'model': 2}, force=False)
+    assert version(aside) == 1
+    check_free(path, force=True)
+    write_folder(path, ARRAYS, {'model': 3}, force=True)
+    assert (version(path), os.listdir(tmp_path)) == (3, ['a'])
+
+
+def test_links_are_followed(tmp_path):
+    path, link = tmp_path / 'disk' / 'a', tmp_path / 'link'
+    write_folder(path, ARRAYS, {'model': 1})
+    link.symlink_to(path)
+    check_free(link, force=True)
+    write_folder(link, ARRAYS, {'model': 2})
+    assert link.is_symlink()
+    assert version(path) == 2
+    assert sorted(os.listdir(tmp_path)) == ['disk', 'link']
+    assert os.listdir(path.parent) == ['a']
+    (path / 'thesis').write_text('mine')
+    with pytest.raises(UserError, match=f"{link} holds 'thesis'"):
+        check_free(link, force=True)
+    (tmp_path / 'round').symlink_to(tmp_path / 'round')
+    with pytest.raises(UserError, match=f'^cannot write {tmp_path}/round: '):
+        write_folder(tmp_path / 'round', ARRAYS, {})
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """The message names what was asked for, and nothing is left."""
+
+    def full(path, data):
+        path.touch()
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    path = tmp_path / 'a'
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, 'write_bytes', full)
+        with pytest.raises(UserError, match=f'^cannot write {path}: No space left'):
+            write_folder(path, ARRAYS, {}, b'program')
+    monkeypatch.setattr('safetensors.numpy.save_file', lambda *a, **k: full(a[1], b''))
+    with pytest.raises(UserError, match=rf'^cannot write {path}/model.saf.*: No space'):
+        write_folder(path, ARRAYS, {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_told_of_a_run(tmp_path):
+    """Not where its data lie."""
+    told = {'model': {}, 'class_names': ['a'], 'preprocessing': {}}
+    metadata = {**told, 'config': {'data_dir': '/home/me'}, 'dataset': 'folder:/home'}
+    metadata |= {'eval_split': 'test', 'num_train_examples': 3, 'position': 9}
+    write_folder(tmp_path / 'a', ARRAYS, {**metadata, 'program': {}})
+    found = json.loads((tmp_path / 'a/metadata.json').read_text())
+    assert found == {**told, 'program': {}}
+    write_file(tmp_path / 'a.safetensors', Renamed('', ARRAYS, []), metadata)
+    header = open_weights(tmp_path / 'a.safetensors').metadata
+    assert json.loads(header['vit_jax']) == told

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +29,8 @@ from vit_jax.typing import Variables
 # What a folder of this project holds; a program only where it was exported.
 WEIGHTS, METADATA, PROGRAM = 'model.safetensors', 'metadata.json', 'program.bin'
 _OURS = {WEIGHTS, METADATA, PROGRAM}
+# What is told of weights that leave; the config of a run, with its local paths, stays.
+_TOLD = ('model', 'class_names', 'preprocessing', 'program')
 
 # Which table is written: by the end of the file's name, and by what the model is.
 _TORCH = {'patches': TIMM, 'bit': TIMM_BIT, 'resnet': TORCHVISION}
@@ -152,12 +153,20 @@ def check_free(path: pathlib.Path, force: bool = False) -> None:
       path: of a file or folder to come; an empty folder may be there.
       force: whether a file, or a folder that this project wrote, may be replaced.
     """
+    if path.name in ('', '..'):
+        raise UserError(f"name a folder to make, not '{path}'")
     if path.is_dir():
-        others = sorted({entry.name for entry in path.iterdir()} - _OURS)
+        real = _real(path)
+        others, aside = _others(real), _aside(real)
         if others and force:
             raise UserError(
                 f'{path} holds {others[0]!r}, which is not ours to replace; take '
                 'another folder'
+            )
+        if force and aside.exists() and _others(aside):
+            raise UserError(
+                f'{aside} is in the way: what is replaced lies there for a moment; '
+                'move it, or take another folder'
             )
         taken = any(path.iterdir())
     else:
@@ -176,7 +185,7 @@ def write_file(
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    header = {'format': 'pt', NATIVE: json.dumps(metadata)}
+    header = {'format': 'pt', NATIVE: json.dumps(_told(metadata))}
     write_weights(path, renamed.arrays, header)
 
 
@@ -185,38 +194,85 @@ def write_folder(
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, Any],
     program: bytes | None = None,
+    force: bool = True,
 ) -> None:
     """Writes weights under our own names, and what is known of them: all or nothing.
 
+    A folder is replaced by two renames. A kill between them leaves no `path`, and the
+    old folder, whole, as `path.replaced`: rename it back, or write with `force` again,
+    which removes it.
+
     Args:
-      path: passed `check_free`.
+      path: see `check_free`; of a link, the folder that it names is written.
       arrays: see `to_arrays`.
-      metadata: as of a checkpoint.
+      metadata: as of a checkpoint, of which model, classes and preprocessing are told.
       program: see `vit_jax.export`.
+      force: whether a folder of ours may be replaced, even one that appeared since.
 
     Raises:
       UserError: when the folder cannot be written.
     """
-    path = path.absolute()
-    temporary, old = (
-        path.with_name(f'.{path.name}.{os.getpid()}.{what}') for what in ('tmp', 'old')
-    )
+    given, path = path, _real(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with _writing(path):
+        with _writing(given):
             temporary.mkdir(parents=True)
             write_weights(temporary / WEIGHTS, arrays, {'format': NATIVE})
-            text = json.dumps(metadata, indent=2)
+            text = json.dumps(_told(metadata), indent=2)
             (temporary / METADATA).write_text(f'{text}\n', encoding='utf-8')
             if program is not None:
                 (temporary / PROGRAM).write_bytes(program)
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
+            check_free(given, force)  # again: much may have happened
+            _swap(temporary, path, force)
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(given))) from error
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove(temporary)
+
+
+def _told(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: metadata[key] for key in _TOLD if key in metadata}
+
+
+def _swap(new: pathlib.Path, path: pathlib.Path, force: bool) -> None:
+    """Renames a folder, onto nothing or an empty one; with force, onto one of ours."""
+    aside, taken = _aside(path), force and path.is_dir() and any(path.iterdir())
+    if taken:
+        _remove(aside)
+        path.rename(aside)
+    try:
+        new.rename(path)  # fails on all else that may have come there
+    finally:
+        if taken and not path.exists():
+            aside.rename(path)
+    if force:
+        _remove(aside)
+
+
+def _aside(path: pathlib.Path) -> pathlib.Path:
+    """Where a folder lies while another takes its place; seen, and always the same."""
+    return path.with_name(f'{path.name}.replaced')
+
+
+def _real(path: pathlib.Path) -> pathlib.Path:
+    """Where links lead; unlike `resolve` no error where they go round."""
+    return pathlib.Path(os.path.realpath(path))
+
+
+def _others(path: pathlib.Path) -> list[str]:
+    """What is there beside our files: in a folder, or a file itself."""
+    if path.is_symlink() or not path.is_dir():
+        return [path.name]
+    return sorted({entry.name for entry in path.iterdir()} - _OURS)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder, if no files but ours are in it."""
+    with contextlib.suppress(OSError):
+        if not _others(folder):
+            for name in _OURS:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()  # not if something has come since
 
 
 @contextlib.contextmanager

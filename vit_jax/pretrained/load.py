@@ -80,7 +80,8 @@ def load_variables(
         if step.array.dtype != shapes[step.parts[0][0]].dtype:
             casts.append(f'{step.array.dtype}')
         for leaf, x in _read(step):
-            x = x.astype(shapes[leaf].dtype, copy=False)
+            with np.errstate(over='ignore'):  # it is named below, as not finite
+                x = x.astype(shapes[leaf].dtype, copy=False)
             if not np.isfinite(x).all():
                 not_finite.append(leaf)
             if leaf in plan.resized:
