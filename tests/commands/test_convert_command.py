@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from vit_jax.models import build_model
 from vit_jax.pretrained.convert import to_arrays, write_folder
 from vit_jax.pretrained.files import open_weights, write_weights
+from vit_jax.pretrained.source import open_source
 
 pytest_plugins = ['command_fixtures']
 
@@ -205,8 +207,8 @@ def test_what_is_there_is_kept(run, fails, digits, tmp_path):
         ),
         (
             ['{vit}', 'a'],
-            '{vit} does not say which model it is of; name it by --model=NAME, or the '
-            'published weights that it is a copy of by --like=ADDRESS',
+            '{vit} does not say which model it is of; name it by --model=NAME, or '
+            'by --like published weights that it is a copy of, or the workdir it is',
         ),
         (['{vit}', 'a', '--model=ViT-T/2'], "unknown size of ViT 'T'; did you mean"),
         (
@@ -265,6 +267,21 @@ def test_without_pytorch(fails, digits, tmp_path, monkeypatch):
     assert message.startswith(
         "writing a state dict needs PyTorch: pip install 'vit_jax"
     )
+
+
+def test_the_way_back_of_a_model_of_ones_own(run, digits, tmp_path):
+    """`.npz` and `.pth` have no place for what --like tells: fields, classes, grid."""
+    there, bare, back = (tmp_path / name for name in ('a.safetensors', 'bare', 'back'))
+    assert run('convert', digits, there).code == 0
+    save_file(load_file(there), bare)
+    code, _, err = run('convert', bare, back, f'--like={digits}')
+    assert code == 0, err
+    source = open_source(back)
+    for name, array in open_source(digits).file.arrays.items():
+        np.testing.assert_array_equal(source.file.arrays[name].read(), array.read())
+    theirs = open_source(digits).metadata
+    assert source.metadata['class_names'] == theirs['class_names']
+    assert source.metadata['model'] == theirs['model']
 
 
 def test_only_one_of_model_and_like(run, vit):

@@ -85,6 +85,8 @@ def test_imagenet_in_words_is_taken_for_imagenet_in_ids(capsys):
     assert 'in this order' in capsys.readouterr().err
     _check_classes('w', {'class_names': ['0', '1']}, ['cat', 'dog'])
     assert 'in this order' in capsys.readouterr().err
+    with pytest.raises(UserError, match='the data has 2'):  # a run on digits
+        _check_classes('w', {'class_names': ['0', '1'], 'config': {}}, ['cat', 'dog'])
     for names in (['tench'], ['n01440764', 'n01484850'], ['tench', 'n01443537']):
         with pytest.raises(UserError, match='the data has 2'):
             _check_classes('w', {'class_names': names}, ids)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vit_jax.commands import options
+from vit_jax.commands import options, trained
 from vit_jax.errors import UserError, some, times
 from vit_jax.typing import Shape
 
@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('dst', metavar='DST')
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        '--like', metavar='ADDRESS', help='published weights that SRC is a copy of'
+        '--like',
+        metavar='WEIGHTS',
+        help='published weights that SRC is a copy of, or the workdir it is from',
     )
     which.add_argument('--model', help='name of the model, where SRC does not tell')
     parser.add_argument(
@@ -125,23 +127,19 @@ def _read_metadata(args: argparse.Namespace, source: 'Source') -> dict[str, Any]
     """What is known of the weights; at least of which model they are."""
     from vit_jax.pretrained.convert import count_classes
     from vit_jax.pretrained.metadata import is_complete
-    from vit_jax.pretrained.published import find_published
 
     if args.model:
         name, num_classes = args.model, count_classes(source)
         about = {'name': name, 'num_classes': num_classes, 'dtype': 'float32'}
         return {'model': {**about, 'kwargs': {}}}
-    metadata = find_published(args.like) if args.like else source.metadata
+    if args.like:
+        return trained.read_like(args.like)
+    metadata = source.metadata
     if metadata is not None and is_complete(metadata, 'model'):
         return metadata
-    if args.like:
-        raise UserError(
-            f'--like={args.like} is no address of published weights; '
-            '`vit_jax summarize --zoo` lists them'
-        )
     raise UserError(
         f'{args.src} does not say which model it is of; name it by --model=NAME, or '
-        'the published weights that it is a copy of by --like=ADDRESS'
+        'by --like published weights that it is a copy of, or the workdir it is from'
     )
 
 

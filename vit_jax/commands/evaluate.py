@@ -152,9 +152,10 @@ def _check_classes(
         return
     if list(map(_wordnet_id, there)) == list(map(_wordnet_id, here)):
         return
-    # Numbers, where nobody knew names; words there and ids here, in transformers'
-    # ImageNet, whose order is that of the ids.
-    nameless = list(there) == default_class_names(len(there))
+    # Numbers, where nobody knew names (but those of a run are its data's); words there
+    # and ids here, in transformers' ImageNet, whose order is that of the ids.
+    numbers = default_class_names(len(there))
+    nameless = list(there) == numbers and 'config' not in metadata
     in_words = not any(map(_is_id, there)) and all(map(_is_id, here))
     if (nameless or in_words) and len(there) == len(here):
         print(

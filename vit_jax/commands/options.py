@@ -116,7 +116,8 @@ def quiet() -> None:
     import logging
 
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    logging.getLogger('absl').setLevel(logging.ERROR)
+    for name in ('absl', 'huggingface_hub'):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.basicConfig(format='vit_jax: %(message)s', level=logging.WARNING)
     if sys.unraisablehook is sys.__unraisablehook__:  # not that of a debugger
         sys.unraisablehook = hide_late_readers

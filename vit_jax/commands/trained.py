@@ -91,24 +91,42 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
       UserError: when they say nothing, and --like does not either.
     """
     from vit_jax.pretrained.metadata import is_complete
-    from vit_jax.pretrained.published import find_published
     from vit_jax.pretrained.source import open_source
 
     if args.like:
-        # Published weights need not be fetched to say what they are.
-        metadata = find_published(args.like) or open_source(args.like).metadata
-        if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
-            raise UserError(
-                f'--like={args.like} does not say which model it is of; take an '
-                'address that `vit_jax summarize --zoo` lists, or a workdir'
-            )
-        return metadata
+        return read_like(args.like)
     metadata = open_source(args.weights).metadata
     if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
             f'{args.weights} does not say which model it is of; name the published '
             'weights that it is a copy of (`vit_jax summarize --zoo` lists them), or '
             'the workdir it comes from, by --like'
+        )
+    return metadata
+
+
+def read_like(like: str) -> dict[str, Any]:
+    """What the weights of --like say of themselves; nothing is downloaded for that.
+
+    Raises:
+      UserError: when they say too little.
+    """
+    from vit_jax.pretrained.fetch import is_address
+    from vit_jax.pretrained.metadata import is_complete
+    from vit_jax.pretrained.published import find_published
+    from vit_jax.pretrained.source import open_source
+
+    metadata = find_published(like)
+    if metadata is None and is_address(like):
+        raise UserError(
+            f'--like={like} is no address of published weights; '
+            '`vit_jax summarize --zoo` lists them'
+        )
+    metadata = metadata or open_source(like).metadata
+    if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
+        raise UserError(
+            f'--like={like} does not say which model it is of; take an address that '
+            '`vit_jax summarize --zoo` lists, or a workdir'
         )
     return metadata
 
