@@ -133,7 +133,7 @@ def _read_metadata(args: argparse.Namespace, source: 'Source') -> dict[str, Any]
         about = {'name': name, 'num_classes': num_classes, 'dtype': 'float32'}
         return {'model': {**about, 'kwargs': {}}}
     if args.like:
-        return trained.read_like(args.like)
+        return trained.read_like(args.like, 'model')
     metadata = source.metadata
     if metadata is not None and is_complete(metadata, 'model'):
         return metadata

@@ -94,7 +94,7 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
     from vit_jax.pretrained.source import open_source
 
     if args.like:
-        return read_like(args.like)
+        return read_like(args.like, 'model', 'preprocessing')
     metadata = open_source(args.weights).metadata
     if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
@@ -105,8 +105,12 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
     return metadata
 
 
-def read_like(like: str) -> dict[str, Any]:
+def read_like(like: str, *sections: str) -> dict[str, Any]:
     """What the weights of --like say of themselves; nothing is downloaded for that.
+
+    Args:
+      like: an address of published weights, or what --weights takes.
+      sections: of the metadata, without which they are of no use.
 
     Raises:
       UserError: when they say too little.
@@ -123,7 +127,7 @@ def read_like(like: str) -> dict[str, Any]:
             '`vit_jax summarize --zoo` lists them'
         )
     metadata = metadata or open_source(like).metadata
-    if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
+    if metadata is None or not is_complete(metadata, *sections):
         raise UserError(
             f'--like={like} does not say which model it is of; take an address that '
             '`vit_jax summarize --zoo` lists, or a workdir'
