@@ -966,7 +966,7 @@ def test_the_switch_of_the_hub_itself(hub, monkeypatch):
     assert not hub.server.asked
 
 
-def test_the_hub_without_a_network(hub, tmp_path, capsys):
+def test_the_hub_without_a_network(hub, tmp_path, capsys, caplog):
     hub.repos['org/vit'] = {'main': {'pytorch_model.bin': BODY}}
     folder = fetch('hf:org/vit')
     hub.server.shutdown()
@@ -974,4 +974,5 @@ def test_the_hub_without_a_network(hub, tmp_path, capsys):
     capsys.readouterr()
     fails('hf:org/x', 'no way to http://127', 'refused', tmp_path / 'hub')
     assert capsys.readouterr().err.count('looking for') == 1  # which takes a while
+    assert caplog.records == []  # the hub keeps its retries to itself
     assert fetch('hf:org/vit') == folder

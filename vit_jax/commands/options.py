@@ -116,8 +116,7 @@ def quiet() -> None:
     import logging
 
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    for name in ('absl', 'huggingface_hub'):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger('absl').setLevel(logging.ERROR)
     logging.basicConfig(format='vit_jax: %(message)s', level=logging.WARNING)
     if sys.unraisablehook is sys.__unraisablehook__:  # not that of a debugger
         sys.unraisablehook = hide_late_readers

@@ -479,7 +479,9 @@ def _get(repo: str, file: str, revision: str | None, offline: bool) -> pathlib.P
     """One file, from the cache of `huggingface_hub` or through it."""
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # what goes wrong is told in our own line
     where = f'hf:{repo}' + (f'@{revision}' if revision else '')
     login = "log in with 'hf auth login' or HF_TOKEN"
     try:
