@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, reason
 from vit_jax.state import TrainState
 from vit_jax.typing import Variables
 
@@ -87,7 +87,7 @@ class Checkpoints:
                     ),
                 )
             except Exception as error:  # Orbax raises whatever its readers raise
-                log.warning('checkpoint %d cannot be read (%s)', step, _reason(error))
+                log.warning('checkpoint %d cannot be read (%s)', step, reason(error))
                 continue
             for damaged in steps[: steps.index(step)]:
                 # Out of the way but not lost: the fault may be in the file system.
@@ -120,12 +120,8 @@ class Checkpoints:
             return self._manager.restore(step, args=args)[item]
         except Exception as error:  # Orbax raises whatever its readers raise
             raise UserError(
-                f'checkpoint {step} in {self._folder} cannot be read: {_reason(error)}'
+                f'checkpoint {step} in {self._folder} cannot be read: {reason(error)}'
             ) from error
-
-
-def _reason(error: Exception) -> str:
-    return ' '.join(str(error).split())[:200]
 
 
 def load_metadata(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
@@ -179,7 +175,7 @@ def stored_shapes(workdir: pathlib.Path, step: int) -> Variables:
         return shapes_on(sharding, dict(tree.items()))
     except Exception as error:  # Orbax raises whatever its readers raise
         raise UserError(
-            f'checkpoint {step} in {folder} cannot be read: {_reason(error)}'
+            f'checkpoint {step} in {folder} cannot be read: {reason(error)}'
         ) from error
 
 

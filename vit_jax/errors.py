@@ -41,3 +41,13 @@ def some(names: Iterable[str], count: int = 3) -> str:
     names = list(names)
     more = f' and {len(names) - count} more' if len(names) > count else ''
     return ', '.join(names[:count]) + more
+
+
+def reason(error: BaseException) -> str:
+    r"""What an error says, whatever a file made it say.
+
+    >>> reason(ValueError('two\nlines'))
+    'two lines'
+    """
+    text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+    return ' '.join(text.split())[:200]

@@ -17,6 +17,7 @@ from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import ViT
 from vit_jax.pretrained import load_params, load_variables
 from vit_jax.pretrained.convert import to_published
+from vit_jax.pretrained.source import open_source
 
 D, F, V = 6, 10, 7
 SIZE = (8, 12)  # a grid of 4x6
@@ -283,6 +284,19 @@ def test_other_precisions_are_cast_and_said(write, dtype):
     np.testing.assert_allclose(
         ours, exact['params']['head']['norm']['scale'], rtol=1e-2
     )
+
+
+def test_what_is_opened_is_not_opened_again(write):
+    path = write(small_arrays(), grid=[4, 6])
+    expected, _ = load(path)
+    source = open_source(path)
+    path.unlink()
+    with pytest.raises(UserError, match='no such file'):
+        load(path)
+    path.touch()  # mapped already, and not asked for by name
+    found, report = load(source)
+    assert report.source.startswith(str(path))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_whole_numbers_are_no_weights(write):

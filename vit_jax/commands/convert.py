@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         _check_fields(model)
     size = image_size or _find_size(source, model, preprocessing, channels, grid)
     variables, report = load_variables(
-        args.src, model, size, channels=channels, grid=grid
+        source, model, size, channels=channels, grid=grid
     )
     for path, sizes in report.resized.items():
         raise UserError(

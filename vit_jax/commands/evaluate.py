@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     _check_classes(weights, metadata, run.dataset.class_names)
     *image_size, channels = run.batch_shape['image'].shape[1:]
     variables, report = load_variables(
-        weights,
+        source,
         run.model,
         tuple(image_size),
         channels=channels,

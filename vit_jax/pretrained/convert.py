@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from vit_jax.errors import UserError
-from vit_jax.pretrained.damage import reason
+from vit_jax.errors import UserError, reason
 from vit_jax.pretrained.files import write_weights
 from vit_jax.pretrained.formats import (
     GOOGLE_BIT,

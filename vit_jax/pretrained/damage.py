@@ -5,7 +5,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vit_jax.errors import UserError, some
+from vit_jax.errors import UserError, reason, some
 
 
 @contextlib.contextmanager
@@ -22,16 +22,6 @@ def reading(what: object) -> Iterator[None]:
         raise UserError(
             f'{what} is damaged or cut off ({reason(error)}); download or copy it again'
         ) from error
-
-
-def reason(error: Exception) -> str:
-    r"""What an error says, whatever a file made it say.
-
-    >>> reason(ValueError('two\nlines'))
-    'two lines'
-    """
-    text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    return ' '.join(text.split())[:200]
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import tqdm
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, reason
 
 TIMEOUT = (10.0, 30.0)  # seconds: to connect, and without a byte
 TRIES = 4  # in a row without progress
@@ -253,19 +253,19 @@ def _download(url: str, part: pathlib.Path) -> str:
         try:
             return _receive(url, part)
         except requests.RequestException as error:
-            reason = _reason(error)
+            why = _reason(error)
             if not isinstance(error, broken):
-                raise UserError(f'cannot fetch {url}: {reason}') from error
+                raise UserError(f'cannot fetch {url}: {why}') from error
             size = _size(part)
             failures = 1 if size > most else failures + 1
             most = max(most, size)
             if failures == TRIES:
                 raise UserError(
-                    f'cannot fetch {url} ({reason}; tried {TRIES} times): try again '
+                    f'cannot fetch {url} ({why}; tried {TRIES} times): try again '
                     f'later, or, where there is no network, put the file at '
                     f'{part.with_suffix("")}; VIT_JAX_OFFLINE=1 takes only such files'
                 ) from error
-        _log(f'{url}: {reason}; trying again')
+        _log(f'{url}: {why}; trying again')
         time.sleep(PAUSE * 2 ** (failures - 1))
 
 
@@ -431,8 +431,7 @@ def _reason(error: BaseException) -> str:
     """What lies at the bottom of an error, in one line."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    return ' '.join(text.split())[:200]
+    return reason(error)
 
 
 # The Hugging Face Hub.

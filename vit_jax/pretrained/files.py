@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vit_jax.errors import UserError, times
-from vit_jax.pretrained.damage import reading, reason
+from vit_jax.errors import UserError, reason, times
+from vit_jax.pretrained.damage import reading
 from vit_jax.pretrained.state_dict import (
     read_state_dict,
     to_numpy,

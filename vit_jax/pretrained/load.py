@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ Placement: TypeAlias = (
 
 
 def load_variables(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Source,
     model: nn.Module,
     image_size: int | tuple[int, int],
     *,
@@ -40,7 +40,8 @@ def load_variables(
     Args:
       path: a file (Google's `.npz`, `.safetensors`, `.pth`, whatever its name is); a
         folder (Hugging Face's, that of `vit_jax export`, the workdir of a run); or an
-        address ('hf:timm/convit_tiny.fb_in1k', 'augreg:...', 'https://...').
+        address ('hf:timm/convit_tiny.fb_in1k', 'augreg:...', 'https://...'). Or what
+        `open_source` made of it.
       model: whose variables they become.
       image_size: of the images that the model will see, one side or (height, width).
       channels: of these images.
@@ -69,7 +70,7 @@ def load_variables(
 
     rng = jax.random.key(0) if rng is None else rng
     shapes = jax.eval_shape(init, rng)
-    source = open_source(path)
+    source = path if isinstance(path, Source) else open_source(path)
     _check_heads(source, model)
     plan = make_plan(source, shapes, new_head=new_head, grid=grid)
 
@@ -87,7 +88,7 @@ def load_variables(
             if leaf in plan.resized:
                 x = _resize(x, plan.resized[leaf][1])
             found[leaf] = _put(leaf, x, sharding)
-    for leaf, x in _initialise(plan, init, rng).items():
+    for leaf, x in _initialise(plan, shapes, init, rng).items():
         found[leaf] = _put(leaf, x, sharding)
 
     report = Report(
@@ -171,14 +172,24 @@ def _put(leaf: str, x: np.ndarray, sharding: Placement) -> Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda i: np.array(x[i]))
 
 
-def _initialise(plan: Plan, init, rng: PRNGKey) -> dict[str, np.ndarray]:
+def _initialise(
+    plan: Plan,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    init: Callable[[PRNGKey], dict[str, Array]],
+    rng: PRNGKey,
+) -> dict[str, np.ndarray]:
     """The leaves that no file has."""
-    fresh = [leaf for leaf in plan.initialised if leaf != PREFIX]
-    # Jitted, so that nothing else is computed.
-    values = jax.jit(lambda rng: {leaf: init(rng)[leaf] for leaf in fresh})(rng)
+    values = {}
     if PREFIX in plan.initialised:
-        values[PREFIX] = jnp.zeros_like(jax.eval_shape(init, rng)[PREFIX])
-    return jax.device_get(values)
+        values[PREFIX] = np.zeros(shapes[PREFIX].shape, shapes[PREFIX].dtype)
+    if fresh := plan.initialised.keys() - {PREFIX}:
+
+        def init_fresh(rng: PRNGKey) -> dict[str, Array]:
+            return {leaf: x for leaf, x in init(rng).items() if leaf in fresh}
+
+        # Jitted, so that nothing else is computed.
+        values |= jax.device_get(jax.jit(init_fresh)(rng))
+    return values
 
 
 def _note_values(casts: list[str], not_finite: list[str]) -> Iterator[str]:
