@@ -1,29 +1,54 @@
 """Learning-rate schedules and optimizers, as optax chains."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError, unknown
+from vit_jax.param_groups import (
+    Group,
+    Rule,
+    decay_mask,
+    decays,
+    group_params,
+    map_paths,
+)
+from vit_jax.typing import Array
 
-OPTIMIZERS = ('adamw', 'sgd')
-SCHEDULES = ('cosine', 'constant')
+OPTIMIZERS = ('adamw', 'sgd', 'lamb', 'adafactor')
+SCHEDULES = ('cosine', 'linear', 'rsqrt', 'constant')
 
 
 def make_schedule(
-    name: str, learning_rate: float, num_steps: int, warmup_steps: int = 0
+    name: str,
+    learning_rate: float,
+    num_steps: int,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
 ) -> optax.Schedule:
-    """Step -> learning rate: a linear warm-up from 0, then the named curve.
+    """Step -> learning rate: a linear warm-up from 0, the named curve, a cool-down.
 
     Args:
-      name: 'cosine' (to 0 at `num_steps`) or 'constant'.
-      learning_rate: at its highest.
+      name: 'cosine' or 'linear' (both to 0 at `num_steps`), 'constant', or 'rsqrt'
+        (arXiv 1706.03762, equation 3: `learning_rate * sqrt(warmup_steps / step)`,
+        which knows no end).
+      learning_rate: at its highest, where the warm-up ends.
       num_steps: of the whole run.
       warmup_steps: of the warm-up.
+      cooldown_steps: of a straight line to 0, at the end of the run, from where
+        'rsqrt' or 'constant' then is (arXiv 2106.04560, section 3.5). The other two
+        end at 0 anyway, and a longer stay there would change no parameter.
 
     Raises:
-      UserError: for an unknown name, or a warm-up longer than the run.
+      UserError: for an unknown name, a warm-up and cool-down longer than the run, a
+        cool-down of a curve that ends at 0, or 'rsqrt' without a warm-up.
+
+    >>> schedule = make_schedule('rsqrt', 1.0, 100, warmup_steps=4, cooldown_steps=36)
+    >>> [round(float(schedule(step)), 3) for step in (0, 2, 4, 16, 64, 82, 100)]
+    [0.0, 0.5, 1.0, 0.5, 0.25, 0.125, 0.0]
     """
     if name not in SCHEDULES:
         raise unknown('optim.schedule', name, SCHEDULES)
@@ -31,14 +56,48 @@ def make_schedule(
         raise UserError(
             f'optim.warmup_steps {warmup_steps} must be within num_steps {num_steps}'
         )
-    if name == 'cosine':
-        after = optax.cosine_decay_schedule(
-            learning_rate, max(num_steps - warmup_steps, 1)
+    steps = num_steps - warmup_steps - cooldown_steps  # of the curve itself
+    if cooldown_steps < 0 or steps < 0:
+        raise UserError(
+            f'optim.cooldown_steps {cooldown_steps} must be within the '
+            f'{num_steps - warmup_steps} steps after the warm-up'
         )
+    if cooldown_steps and name in ('cosine', 'linear'):
+        raise UserError(
+            f"optim.cooldown_steps is for 'rsqrt' and 'constant'; {name!r} ends at 0 "
+            'without'
+        )
+    if name == 'cosine':
+        curve = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
+    elif name == 'linear':
+        curve = optax.linear_schedule(learning_rate, 0.0, max(steps, 1))
+    elif name == 'rsqrt':
+        curve = _rsqrt_schedule(learning_rate, warmup_steps)
     else:
-        after = optax.constant_schedule(learning_rate)
+        curve = optax.constant_schedule(learning_rate)
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
-    return optax.join_schedules([warmup, after], [warmup_steps])
+    schedule = optax.join_schedules([warmup, curve], [warmup_steps])
+    if cooldown_steps:
+        cooldown = optax.linear_schedule(float(curve(steps)), 0.0, cooldown_steps)
+        schedule = optax.join_schedules([schedule, cooldown], [warmup_steps + steps])
+    return schedule
+
+
+def _rsqrt_schedule(learning_rate: float, warmup_steps: int) -> optax.Schedule:
+    """Steps since the warm-up -> learning rate * sqrt(warmup_steps / all steps)."""
+    if not warmup_steps:
+        raise UserError(
+            "optim.schedule 'rsqrt' is measured in optim.warmup_steps, which are 0; "
+            'set them (the papers take 10,000)'
+        )
+
+    def schedule(step: Array | int) -> Array:
+        # Those before the end of the warm-up, which are not looked at, are no error.
+        return learning_rate * jnp.sqrt(
+            warmup_steps / (warmup_steps + jnp.maximum(step, 0))
+        )
+
+    return schedule
 
 
 def make_optimizer(
@@ -46,43 +105,123 @@ def make_optimizer(
     schedule: optax.Schedule,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    layer_decay: float = 1.0,
+    rules: Sequence[Rule] = (),
+    freeze: Sequence[str] = (),
+    params: Any = None,
 ) -> optax.GradientTransformation:
-    """The optax chain: clip, optimizer, decay of `decay_mask`'s parameters.
+    """The optax chain: clip, optimizer, decay, learning rate, factors of some.
+
+    The decay is of the parameters that `param_groups.decays` names.
 
     Args:
-      name: 'adamw' (arXiv 1711.05101) or 'sgd' (Nesterov momentum 0.9; the decay
-        is added to the gradient, as in PyTorch).
+      name: one of
+        'adamw' (arXiv 1711.05101);
+        'sgd': Nesterov momentum; the decay is added to the gradient, as in PyTorch;
+        'lamb' (arXiv 1904.00962): AdamW whose step is as long as the parameter, times
+        the learning rate. Parameters that do not decay take AdamW's own step, as in
+        the authors' and NVIDIA's code: lengths of biases mean little;
+        'adafactor' as modified in arXiv 2106.04560, section 3.4: mean squares kept as
+        rows and columns, no scaling by the parameter, a first moment in bfloat16.
       schedule: step -> learning rate.
-      weight_decay: factor of the parameter, before the learning rate.
-      clip_norm: largest norm of the whole gradient, or None.
+      weight_decay: factor of the parameter, before the learning rate: where a paper
+        gives it apart from the learning rate (as arXiv 2106.04560), it is to be
+        divided by the highest learning rate.
+      clip_norm: largest norm of the whole gradient, without what is frozen; or None.
+      b1: decay of the first moment, momentum of 'sgd'. 0 keeps none in 'sgd' and
+        'adafactor'.
+      b2: decay of the second moment; of 'adafactor', where it grows as
+        1 - step**-0.8, the highest. 'sgd' has none.
+      layer_decay: factor of the learning rate, and so of the decay, per layer below
+        the head; 1.0 is off.
+      rules: (pattern, factor of the learning rate, factor of the weight decay), see
+        `param_groups.group_params`.
+      freeze: patterns of parameters that get no update and no optimizer state.
+      params: the parameters or their shapes; only the last three need them.
+
+    Returns:
+      The transformation. Paths of its state end in the parameter's, as in
+      '0/mu/head/kernel'; 'adafactor' has 'v_row' and 'v_col' with an axis less each,
+      and a placeholder [1] where a leaf has no such moment.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: for an unknown name, and as in `param_groups.group_params`.
     """
-    if name == 'adamw':
-        rule = optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
-    elif name == 'sgd':
-        rule = optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=decay_mask),
-            optax.sgd(schedule, momentum=0.9, nesterov=True),
-        )
-    else:
+    if name not in OPTIMIZERS:
         raise unknown('optim.name', name, OPTIMIZERS)
-    if clip_norm is None:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+    groups = group_params(params, layer_decay=layer_decay, rules=rules, freeze=freeze)
+    trained = [group for group in groups.values() if not group.frozen] or [Group()]
+    decay = [
+        _decay_where(groups, factor, weight_decay)
+        for factor in sorted({group.weight_decay for group in trained} - {0.0})
+    ]
+    descend = optax.scale_by_learning_rate(schedule)
+    if name == 'adamw':
+        steps = [optax.scale_by_adam(b1, b2), *decay, descend]
+    elif name == 'sgd':
+        steps = [*decay, optax.sgd(schedule, momentum=b1 or None, nesterov=True)]
+    elif name == 'lamb':
+        trust = optax.masked(optax.scale_by_trust_ratio(), decay_mask)
+        steps = [optax.scale_by_adam(b1, b2, eps=1e-6), *decay, trust, descend]
+    else:
+        steps = [*_adafactor_moments(b1, b2), *decay, descend]
+    if any(group.learning_rate != 1.0 for group in trained):
+        steps.append(_scale_by_factors(groups))
+    tx = optax.chain(*steps)
+    if clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    if len(trained) < len(groups):
+        parts = {'trained': tx, 'frozen': optax.set_to_zero()}
+        return optax.partition(
+            parts,
+            lambda tree: map_paths(
+                lambda path: 'frozen' if groups[path].frozen else 'trained', tree
+            ),
+        )
+    return tx
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the parameters that decay: kernels, GPSA's position kernel included.
+def _decay_where(
+    groups: Mapping[str, Group], factor: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Decay of the parameters whose group has this factor of it."""
 
-    Biases, norms, gates, tokens and position embeddings do not.
+    def mask(tree: Any) -> Any:
+        return map_paths(
+            lambda path: decays(path) and groups[path].weight_decay == factor, tree
+        )
 
-    >>> decay_mask({'fc1': {'kernel': 0, 'bias': 0}, 'gating': 0})
-    {'fc1': {'bias': False, 'kernel': True}, 'gating': False}
+    return optax.add_decayed_weights(weight_decay * factor, mask)
+
+
+def _scale_by_factors(groups: Mapping[str, Group]) -> optax.GradientTransformation:
+    """Every update times its group's factor of the learning rate."""
+
+    def scale(updates: Any, params: Any) -> Any:
+        factors = map_paths(lambda path: groups[path].learning_rate, updates)
+        return jax.tree.map(lambda update, factor: update * factor, updates, factors)
+
+    return optax.stateless(scale)
+
+
+def _adafactor_moments(b1: float, b2: float) -> list[optax.GradientTransformation]:
+    """Gradients over the root of their mean squares, then their mean.
+
+    As arXiv 2106.04560 trains with: no clipping of updates, matrices factored from 32
+    rows and columns on (https://github.com/google-research/big_vision).
     """
 
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        return str(path[-1].key).endswith('kernel')
+    def second(step: Array, exponent: float) -> Array:
+        return jnp.minimum(1.0 - (step + 1.0) ** -exponent, b2)
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    moments = [
+        optax.scale_by_factored_rms(
+            decay_rate=0.8, min_dim_size_to_factor=32, decay_rate_fn=second
+        )
+    ]
+    if b1:
+        moments.append(optax.ema(b1, debias=False, accumulator_dtype=jnp.bfloat16))
+    return moments
