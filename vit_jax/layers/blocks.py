@@ -3,12 +3,21 @@
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from vit_jax.errors import unknown
 from vit_jax.layers.mlp import MlpBlock
 from vit_jax.layers.norm import layer_norm
 from vit_jax.layers.stochastic import Dropout, DropPath
 from vit_jax.typing import Array, Dtype, Initializer
+
+# What the backward pass keeps of a block, beside its input; it computes the rest again.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    'none': None,  # everything: nothing is computed twice
+    'dots': jax.checkpoint_policies.dots_saveable,  # results of matrix products
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class EncoderBlock(nn.Module):
@@ -29,6 +38,7 @@ class EncoderBlock(nn.Module):
         for branches without.
       layer_norm_eps: epsilon of the LayerNorms, which compute in float32.
       activation: of the MLP, see `get_activation`.
+      remat: what the backward pass computes again, a key of `REMAT`.
       kernel_init: initializer of the MLP's kernels.
       dtype: dtype of the computation; parameters are float32.
     """
@@ -41,6 +51,7 @@ class EncoderBlock(nn.Module):
     layer_scale: float | None = None
     layer_norm_eps: float = 1e-6
     activation: str = 'gelu'
+    remat: str = 'none'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: Dtype = jnp.float32
 
@@ -68,12 +79,19 @@ class EncoderBlock(nn.Module):
         """
         given = {} if mask is None else {'mask': mask}  # not every attention takes it
 
-        def attend(x: Array) -> Array:
-            x = self.attention(name='attention')(x, **given, train=train)
-            return Dropout(self.dropout_rate, name='dropout')(x, train=train)
+        def encode(self: EncoderBlock, x: Array) -> Array:
+            def attend(x: Array) -> Array:
+                x = self.attention(name='attention')(x, **given, train=train)
+                return Dropout(self.dropout_rate, name='dropout')(x, train=train)
 
-        x = _residual(self, 1, attend, x, train)
-        return _residual(self, 2, _mlp(self, train), x, train)
+            x = _residual(self, 1, attend, x, train)
+            return _residual(self, 2, _mlp(self, train), x, train)
+
+        if self.remat not in REMAT:
+            raise unknown('remat', self.remat, REMAT)
+        if self.remat == 'none':
+            return encode(self, x)
+        return nn.remat(encode, policy=REMAT[self.remat])(self, x)
 
 
 class DecoderBlock(nn.Module):

@@ -58,7 +58,9 @@ class Head(nn.Module):
           train: whether dropout is on.
 
         Returns:
-          `[B, V]` float32.
+          `[B, V]` float32; distilled, the mean of both classifiers, whose own logits
+          are sown as 'both_logits' in the collection 'distillation' (to ask for
+          'intermediates' would make every attention form its weights).
 
         Raises:
           UserError: for an unknown `pool`, or one that is not 'cls' when distilled.
@@ -104,4 +106,7 @@ class Head(nn.Module):
         if not self.distilled:
             return classifier(name='logits')(x)
         by_cls = classifier(name='logits')(x[:, 0])
-        return (by_cls + classifier(name='dist_logits')(x[:, 1])) / 2
+        by_dist = classifier(name='dist_logits')(x[:, 1])
+        if not self.is_initializing():  # else they would be variables of the model
+            self.sow('distillation', 'both_logits', (by_cls, by_dist))
+        return (by_cls + by_dist) / 2

@@ -59,6 +59,7 @@ class ConViT(nn.Module):
     activation: str = 'gelu'
     gpsa_impl: str = 'auto'
     attention_impl: str = 'auto'
+    remat: str = 'none'
     kernel_init: Initializer = nn.initializers.normal(0.02)
     head_init: Initializer = nn.initializers.normal(0.02)
     # Not zero: no position joins this token, and the gradient of a LayerNorm at zero
@@ -141,6 +142,7 @@ class ConViT(nn.Module):
                 drop_path_rate=rate,
                 layer_norm_eps=self.layer_norm_eps,
                 activation=self.activation,
+                remat=self.remat,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
                 name=f'block{i:02d}',

@@ -54,6 +54,7 @@ class ViT(nn.Module):
       layer_norm_eps: epsilon of the LayerNorms.
       activation: see `get_activation`.
       attention_impl: see `dot_product_attention`.
+      remat: what the backward pass computes again, see `EncoderBlock`.
       kernel_init: initializer of the linear maps.
       head_init: initializer of the classifier's kernel.
       token_init: initializer of the class token and the distillation token.
@@ -82,6 +83,7 @@ class ViT(nn.Module):
     layer_norm_eps: float = 1e-6
     activation: str = 'gelu'
     attention_impl: str = 'auto'
+    remat: str = 'none'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     head_init: Initializer = nn.initializers.zeros
     token_init: Initializer = nn.initializers.zeros
@@ -153,6 +155,7 @@ class ViT(nn.Module):
                 layer_scale=self.layer_scale,
                 layer_norm_eps=self.layer_norm_eps,
                 activation=self.activation,
+                remat=self.remat,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
                 name=f'block{i:02d}',
