@@ -9,6 +9,7 @@ from PIL import Image
 
 from vit_jax.data.datasets import load_dataset
 from vit_jax.data.input_pipeline import Shard, eval_batches, train_batches
+from vit_jax.data.order import Order
 from vit_jax.data.transforms import EvalTransform, TrainTransform
 from vit_jax.errors import UserError
 
@@ -111,6 +112,47 @@ def test_shards_are_rows_of_the_global_batch(count, start):
         local = [part[step] for part in parts]
         assert [len(batch['label']) for batch in local] == [8 // count] * count
         assert rows([batch]) == rows(local)
+
+
+def test_examples_and_generators_are_those_of_their_positions():
+    """Far into the run too, from a start inside an epoch, with a shard's rows."""
+    start, seed = 10**9 + 7, 11
+    found = rows(take(7, start=start, seed=seed, shard=Shard(1, 2)))
+    positions = [start + 4 * step + row for step in range(7) for row in (2, 3)]
+    expected = Order(SIZE, seed).example_at(np.array(positions))
+    assert [label for label, _ in found] == expected.tolist()
+    for position, (_, drawn) in zip(positions, found):
+        bits = np.random.Philox(seed)
+        state = bits.state
+        state['state']['counter'] = np.array([0, 0, 0, position], np.uint64)
+        bits.state = state
+        assert np.random.Generator(bits).random() == drawn
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_repeats_show_each_image_of_a_batch_with_other_augmentation(num_workers):
+    batches = take(6, batch_size=8, repeats=3, num_workers=num_workers)
+    plain = column(take(3, batch_size=6))
+    for step, batch in enumerate(batches):
+        drawn = plain[3 * step : 3 * step + 3]
+        assert batch['label'].tolist() == [drawn[row % 3] for row in range(8)]
+    assert len(set(column(batches, 'drawn'))) == 48
+
+
+def test_repeats_and_shards():
+    """The rows of a process are those of the global batch."""
+    whole = take(3, batch_size=8, repeats=3, start=16)
+    parts = [
+        take(3, batch_size=8, repeats=3, start=16, shard=Shard(i, 2)) for i in (0, 1)
+    ]
+    for step, batch in enumerate(whole):
+        assert rows([batch]) == rows([part[step] for part in parts])
+    assert rows(whole) == rows(take(5, batch_size=8, repeats=3))[16:]
+
+
+def test_repeats_that_leave_one_image():
+    with pytest.raises(UserError, match='repeats 5 fills the batch of 4'):
+        take(1, repeats=5)
 
 
 class Told:
@@ -236,3 +278,24 @@ def test_corrupt_images_are_named(corrupt, training, num_workers):
     message = f'^{re.escape(str(corrupt / "f.png"))} cannot be decoded'
     with closing(batches), pytest.raises(UserError, match=message):
         list(itertools.islice(batches, 3))
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_corrupt_images_can_be_skipped(corrupt, num_workers):
+    """They are rows of weight 0; all others stay where they were."""
+    source = load_dataset(f'folder:{corrupt.parent.parent}').open('train')
+    transform = TrainTransform((5, 3), 3, skip_corrupt=True)
+    kwargs = {'batch_size': 3, 'num_workers': num_workers}
+    batches = take(7, source, transform, seed=0, **kwargs)
+    drawn = Order(7, 0).example_at(np.arange(21))
+    assert (column(batches, 'weight') == 0).tolist() == (drawn == 5).tolist()
+    assert (drawn == 5).sum() == 3
+    for image, weight in zip(column(batches, 'image'), column(batches, 'weight')):
+        assert image.any() == bool(weight)
+
+
+def test_corrupt_images_are_skipped_in_evaluation(corrupt):
+    source = load_dataset(f'folder:{corrupt.parent.parent}').open('train')
+    transform = EvalTransform((5, 3), 3, skip_corrupt=True)
+    with closing(eval_batches(source, transform, batch_size=3)) as batches:
+        assert column(list(batches), 'weight').tolist() == [1, 1, 1, 1, 1, 0, 1, 0, 0]

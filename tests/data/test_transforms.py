@@ -507,6 +507,62 @@ def test_errors_name_the_image():
         TrainTransform((5, 7), 1)(example(b''), None)
 
 
+def train(transform, example, seed=0):
+    return transform(example, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize('weight', [0.0, 1.0])
+def test_corrupt_images_become_rows_without_weight(weight, caplog):
+    """Zeros, label 0; told once per file."""
+    train_transform = TrainTransform((5, 7), 1, crop='pad', pad=1, skip_corrupt=True)
+    transforms = (
+        lambda x: train(train_transform, x),
+        EvalTransform((5, 7), 1, skip_corrupt=True),
+    )
+    for transform in transforms:
+        caplog.clear()
+        for _ in range(3):
+            out = transform(example(b'', weight=weight))
+            assert not out['image'].any()
+            assert (out['image'].shape, out['image'].dtype) == ((5, 7, 1), np.uint8)
+            assert (out['label'], out['label'].dtype) == (0, np.int32)
+            assert (out['weight'], out['weight'].dtype) == (0.0, np.float32)
+        (record,) = caplog.records
+        assert record.levelname == 'WARNING'
+        assert record.getMessage().startswith('cat.png cannot be decoded: ')
+        assert record.getMessage().endswith('; its row has weight 0')
+        sound = transform(example(encode(noise(17, 23)), weight=weight))
+        assert sound['label'] == 3
+
+
+def test_twenty_corrupt_images_are_told(caplog):
+    transform = EvalTransform((5, 7), 1, skip_corrupt=True)
+    for i in range(25):
+        transform({**example(b'', weight=1.0), 'name': f'{i}.png'})
+    assert [r.getMessage().split()[0] for r in caplog.records] == [
+        f'{i}.png' for i in range(20)
+    ]
+    assert caplog.records[-1].getMessage().endswith('more of them will not be told')
+
+
+def test_skipping_is_for_corrupt_images_only():
+    transform = EvalTransform((5, 7), 3, skip_corrupt=True)
+    with pytest.raises(UserError, match='5x7x1, expected 5x7x3'):
+        transform(example(noise(5, 7, 1), weight=1.0))
+
+
+def test_randaugment_comes_last_and_draws_from_the_same_generator():
+    def shift(rng, image):
+        return image + rng.integers(1, 9, dtype=np.uint8)
+
+    image = noise(11, 13, 3)
+    transform = TrainTransform((5, 7), 3, flip=True, randaugment=shift)
+    out = train(transform, example(encode(image)), seed=4)
+    rng = np.random.default_rng(4)
+    expected = shift(rng, random_flip(rng, center_crop(image, (5, 7))))
+    np.testing.assert_array_equal(out['image'], expected)
+
+
 def test_images_of_other_channels():
     transform = EvalTransform((5, 7), 3)
     with pytest.raises(UserError, match='5x7x1, expected 5x7x3'):

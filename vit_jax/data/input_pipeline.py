@@ -12,9 +12,12 @@ from typing import Any
 
 import absl.flags
 import grain
+import numpy as np
 
 from vit_jax.data.datasets import DataSource
-from vit_jax.errors import UserError
+from vit_jax.data.order import MAX_POSITION, Order
+from vit_jax.data.watch import Watch
+from vit_jax.errors import UserError, reason
 
 Transform = Callable[..., dict[str, Any]]
 
@@ -41,8 +44,10 @@ def train_batches(
     start: int = 0,
     shard: Shard = Shard(),
     num_workers: int = 0,
-) -> grain.DatasetIterator:
-    """Endless batches: shuffle (anew each epoch), repeat, augment, batch.
+    repeats: int = 1,
+    timeout_seconds: float = 300.0,
+) -> Watch:
+    """Endless batches: shuffle (anew each epoch, see `Order`), augment, batch.
 
     Args:
       source: the training examples.
@@ -52,16 +57,24 @@ def train_batches(
       start: examples seen before, over all processes.
       shard: the rows of this process.
       num_workers: processes that decode; 0 for threads in this one.
+      repeats: how often a batch shows each of its images.
+      timeout_seconds: without a batch, after which that is logged.
 
     Returns:
       An iterator, to be closed, over dicts of arrays: `batch_size / shard.count`
-      rows each.
+      rows each. It raises UserError for an example that cannot be read or decoded,
+      and when a worker died.
+
+    Raises:
+      UserError: when there are no examples, and for impossible `repeats`.
     """
     if len(source) == 0:
         raise UserError('the training split has no examples')
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    examples = examples.random_map(transform)[start:]
-    return _batches(examples, batch_size, shard, num_workers)
+    order = Order(len(source), seed, batch_size, repeats)
+    examples = grain.MapDataset.source(_Ordered(source, order))
+    # The generator is keyed by the position, which slicing afterwards does not change.
+    examples = examples.random_map(transform, seed=seed)[start:]
+    return _batches(examples, batch_size, shard, num_workers, timeout_seconds)
 
 
 def eval_batches(
@@ -71,7 +84,8 @@ def eval_batches(
     batch_size: int,
     shard: Shard = Shard(),
     num_workers: int = 0,
-) -> grain.DatasetIterator:
+    timeout_seconds: float = 300.0,
+) -> Watch:
     """Every example once, in order; rows that fill the last batch have weight 0.
 
     Args and result as `train_batches`; `transform` takes an example with 'weight'.
@@ -79,7 +93,36 @@ def eval_batches(
     if len(source) == 0:
         raise UserError('the evaluation split has no examples')
     examples = grain.MapDataset.source(_Padded(source, batch_size)).map(transform)
-    return _batches(examples, batch_size, shard, num_workers)
+    return _batches(examples, batch_size, shard, num_workers, timeout_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ordered:
+    """Training as a source without end: the example at each position.
+
+    Indices are computed for many positions at once, which costs a thousandth of one
+    at a time.
+    """
+
+    source: DataSource
+    order: Order
+    blocks: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return MAX_POSITION
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        block, place = divmod(position, _BLOCK)
+        indices = self.blocks.get(block)
+        if indices is None:
+            indices = self.order.example_at(block * _BLOCK + np.arange(_BLOCK))
+            if len(self.blocks) >= 16:  # far more than threads are apart
+                self.blocks.clear()
+            self.blocks[block] = indices
+        return read_example(self.source, int(indices[place]))
+
+
+_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +137,26 @@ class _Padded:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         real = index < len(self.source)
-        example = self.source[index if real else 0]
+        example = read_example(self.source, index if real else 0)
         return {**example, 'weight': 1.0 if real else 0.0}
 
 
+def read_example(source: DataSource, index: int) -> dict[str, Any]:
+    """`source[index]`; a file that cannot be read is a UserError that names it."""
+    try:
+        return source[index]
+    except OSError as error:
+        name = error.filename or f'example {index}'
+        raise UserError(f'{name} cannot be read: {reason(error)}') from error
+
+
 def _batches(
-    examples: grain.MapDataset, batch_size: int, shard: Shard, num_workers: int
-) -> grain.DatasetIterator:
+    examples: grain.MapDataset,
+    batch_size: int,
+    shard: Shard,
+    num_workers: int,
+    timeout_seconds: float,
+) -> Watch:
     # Batches of a process's share of the rows, of which it takes every count-th:
     # its rows of a global batch are contiguous.
     # There is no remainder to drop; but without it grain computes the length of an
@@ -118,4 +174,4 @@ def _batches(
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
         )
-    return iter(dataset)
+    return Watch(iter(dataset), timeout_seconds)

@@ -1,0 +1,207 @@
+"""The whole training split in the accelerators' memory: no host work between steps.
+
+The images are decoded once (`load`). A step finds its batch by itself: which examples
+(`Order`, as on the host), cut and mirrored by keys of their positions (`MakeBatch`).
+So several steps run in one dispatch (`scan_steps`), and without random augmentation
+the batches are those of the host pipeline, bit for bit.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.data.augment import random_flip, random_pad_crop
+from vit_jax.data.datasets import DataSource
+from vit_jax.data.input_pipeline import read_example
+from vit_jax.data.order import Order
+from vit_jax.data.transforms import TrainTransform
+from vit_jax.errors import UserError
+from vit_jax.typing import Array, Batch, Metrics
+
+_CHUNK = 256  # examples that a thread decodes at a time
+_STREAM = 0x64617461  # 'data': apart from all other keys of the run's seed
+
+
+def check_supported(crop: str, randaugment: str | None) -> None:
+    """Raises UserError for augmentation that runs on the host only.
+
+    Args:
+      crop: `augment.crop`.
+      randaugment: `augment.randaugment`.
+    """
+    for key, used in (
+        ("augment.crop='resized'", crop == 'resized'),
+        ('augment.randaugment', randaugment is not None),
+    ):
+        if used:
+            raise UserError(
+                f'{key} works on encoded images, on the host: set dataset.placement='
+                "'host', or leave it out ('none' and 'pad' are the crops on the device)"
+            )
+
+
+def load(
+    source: DataSource, transform: TrainTransform, memory: int | None = None
+) -> dict[str, np.ndarray]:
+    """Decodes every example once, and crops it to its centre.
+
+    Args:
+      source: the training examples.
+      transform: of training; its random parts are left out.
+      memory: bytes that there are for it, on each device.
+
+    Returns:
+      image `[n, h, w, c]` uint8, label `[n]` int32, weight `[n]` float32: 0 for what
+      `transform` skips.
+
+    Raises:
+      UserError: when it does not fit, and for what cannot be read or decoded.
+    """
+    count, shape = len(source), (*transform.size, transform.channels)
+    needed = count * (int(np.prod(shape)) + 8)
+    if memory is not None and needed > memory:
+        raise UserError(
+            f'the {count:,} training examples take {needed / 2**30:.2f} GiB on every '
+            f'device, and {memory / 2**30:.2f} GiB are free for them; set '
+            "dataset.placement='host'"
+        )
+    decode = dataclasses.replace(transform, crop='none', flip=False, randaugment=None)
+    unused = np.random.default_rng(0)
+    data: dict[str, np.ndarray] = {
+        'image': np.empty((count, *shape), np.uint8),
+        'label': np.empty(count, np.int32),
+        'weight': np.empty(count, np.float32),
+    }
+
+    def fill(start: int) -> None:
+        for i in range(start, min(start + _CHUNK, count)):
+            example = decode(read_example(source, i), unused)
+            for key, values in data.items():
+                values[i] = example[key]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(fill, start) for start in range(0, count, _CHUNK)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeBatch:
+    """From the resident examples to the batch of a step, inside the compiled step.
+
+    Attributes:
+      order: of the examples, with the size of the (global) batch.
+      pad: the shift of `augment.crop='pad'`, in pixels; 0 for 'none'.
+      flip: whether to mirror half of the images.
+    """
+
+    order: Order
+    pad: int = 0
+    flip: bool = False
+
+    def first(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """What tells the next batches apart, on the host: small, and sent to the step.
+
+        Args:
+          start: examples seen before.
+          count: batches.
+
+        Returns:
+          Arrays of uint32 whose first axis is `count`.
+
+        Raises:
+          UserError: see `Order.first_of`.
+        """
+        positions = start + self.order.batch_size * np.arange(count)
+        words = np.stack([positions >> 32, positions & (2**32 - 1)], axis=-1)
+        return {
+            **self.order.first_of(positions),
+            'position': words.astype(np.uint32),
+        }
+
+    def index(self, first: Mapping[str, Array]) -> Array:
+        """Which examples a batch holds: int32 `[B]`, or `[steps, B]` of several."""
+        one_each = {key: first[key][..., None] for key in ('epoch', 'place')}
+        return self.order.examples_of(one_each, self._rows())
+
+    def __call__(self, data: Mapping[str, Array], first: Mapping[str, Array]) -> Batch:
+        """The batch: pure.
+
+        Args:
+          data: see `load`, on the device.
+          first: of one batch: an element of what `first` returns; with 'index' where
+            that has been computed already.
+
+        Returns:
+          image `[B, h, w, c]` uint8, label `[B]` int32, weight `[B]` float32.
+        """
+        index = first['index'] if 'index' in first else self.index(first)
+        batch = {
+            key: jnp.take(values, index, axis=0, mode='clip')
+            for key, values in data.items()
+        }
+        if self.pad or self.flip:
+            keys = jax.vmap(jax.random.split)(self._keys(first['position']))
+            image = random_pad_crop(keys[:, 0], batch['image'], self.pad)
+            if self.flip:
+                image = random_flip(keys[:, 1], image)
+            batch['image'] = image
+        return batch
+
+    def _rows(self) -> Array:
+        return jnp.arange(self.order.batch_size, dtype=jnp.uint32)
+
+    def _keys(self, position: Array) -> Array:
+        """`[B]` keys, functions of (seed, position of the example)."""
+        rows = self._rows()
+        low = position[1] + rows
+        high = position[0] + (low < rows)  # the carry
+        rng = jax.random.fold_in(jax.random.key(self.order.seed), _STREAM)
+
+        def key(high: Array, low: Array) -> Array:
+            return jax.random.fold_in(jax.random.fold_in(rng, high), low)
+
+        return jax.vmap(key)(high, low)
+
+
+def scan_steps(
+    train_step: Callable[[Any, Batch], tuple[Any, Metrics]],
+    make_batch: MakeBatch,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Callable[[Any, Mapping[str, Any]], tuple[Any, Metrics]]:
+    """Several training steps as one, to be compiled.
+
+    Args:
+      train_step: (state, batch) -> (state, metrics).
+      make_batch: which batches.
+      sharding: of the rows of a batch, under `jit` over a mesh.
+
+    Returns:
+      (state, feed) -> (state, metrics of each step, stacked). The feed is
+      {'data': see `load`, 'first': see `MakeBatch.first`, one per step}; the data is
+      an argument, no part of the program.
+    """
+
+    def steps(state: Any, feed: Mapping[str, Any]) -> tuple[Any, Metrics]:
+        def step(state: Any, first: Mapping[str, Array]) -> tuple[Any, Metrics]:
+            batch = make_batch(feed['data'], first)
+            if sharding is not None:
+                batch = jax.lax.with_sharding_constraint(batch, sharding)
+            return train_step(state, batch)
+
+        # All steps' at once: the loop of `permute` would hold up each of them.
+        index = make_batch.index(feed['first'])
+        return jax.lax.scan(step, state, {**feed['first'], 'index': index})
+
+    return steps
