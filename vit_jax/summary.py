@@ -107,8 +107,12 @@ def count(model: nn.Module, image_shape: Shape) -> tuple[int, int]:
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     trace = jax.make_jaxpr(init, return_shape=True)
     jaxpr, (_, variables) = trace(jax.random.key(0), image)
-    macs = sum(times * _macs(eqn) for _, eqn, times in _equations(jaxpr.jaxpr))
-    return count_params(variables['params']), macs
+    return count_params(variables['params']), count_macs(jaxpr.jaxpr)
+
+
+def count_macs(jaxpr: core.Jaxpr) -> int:
+    """Multiply-adds of matrix products and convolutions of a traced function."""
+    return sum(times * _macs(eqn) for _, eqn, times in _equations(jaxpr))
 
 
 def total(costs: Mapping[str, Cost]) -> Cost:

@@ -188,15 +188,24 @@ def auto_impl(
         and mask is None
     ):
         return 'cudnn'
-    if portable or jax.default_backend() == 'cpu':
+    if portable or target_platform() == 'cpu':
         # XLA's CPU backend runs our einsums faster than those of `jax.nn`.
         return 'dense' if key.shape[1] <= _MAX_PLAIN_TOKENS_CPU else 'chunked'
     return 'xla' if key.shape[1] <= _MAX_PLAIN_TOKENS else 'chunked'
 
 
+def target_platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the function being traced will run on.
+
+    That is where we are, unless a mesh of other devices is in context.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _has_cudnn_attention() -> bool:
     """Whether cuDNN's fused attention runs here: on NVIDIA GPUs from Ampere on."""
-    if jax.default_backend() != 'gpu':
+    if target_platform() != 'gpu':
         return False
     capability = getattr(jax.devices()[0], 'compute_capability', '')
     major = str(capability).partition('.')[0]

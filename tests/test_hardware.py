@@ -1,0 +1,63 @@
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from vit_jax.hardware import GIB, HARDWARE, find_hardware, utilisation
+
+
+def fake(*kinds):
+    return [SimpleNamespace(device_kind=kind) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ('kind', 'teraflops', 'gib', 'gigabytes_per_second'),
+    [
+        ('TPU v4', 275, 32, 1200),
+        ('TPU v5 lite', 197, 16, 819),
+        ('TPU v5', 459, 95, 2765),
+        ('TPU v6 lite', 918, 32, 1638),
+        # Of a chip: 2307, 192, 7380; it is two devices.
+        ('TPU7x', 1153.5, 96, 3690),
+        ('NVIDIA H200', 989, 141, 4800),
+    ],
+)
+def test_peaks_of_a_device(kind, teraflops, gib, gigabytes_per_second):
+    hardware = find_hardware(kind)
+    assert hardware.flops == teraflops * 1e12
+    assert hardware.hbm_bytes == gib * GIB
+    assert hardware.hbm_bandwidth == gigabytes_per_second * 1e9
+
+
+def test_a_kind_of_two_names_is_one():
+    assert find_hardware('TPU v5p') == find_hardware('TPU v5')
+    assert find_hardware('TPU v6e') == find_hardware('TPU v6 lite')
+
+
+def test_rows_are_plausible():
+    """No unit has slipped: all of these differ by less than a factor of 60."""
+    for kind, hardware in HARDWARE.items():
+        assert 5e13 < hardware.flops < 3e15, kind
+        assert 15 * GIB < hardware.hbm_bytes < 300 * GIB, kind
+        assert 3e11 < hardware.hbm_bandwidth < 1e13, kind
+        assert hardware.interconnect is None or 1e11 < hardware.interconnect < 2e12
+        assert hardware.source.startswith('https://'), kind
+
+
+def test_unknown_hardware():
+    assert find_hardware('TPU v99') is None
+    assert find_hardware(jax.devices()[0].device_kind) is None  # a CPU
+
+
+def test_utilisation():
+    # Three chips of 197e12 work 2 s on what one could do in 3.
+    assert utilisation(3 * 197e12, 2.0, fake(*['TPU v5e'] * 3)) == pytest.approx(0.5)
+    # Peaks add up where kinds differ.
+    assert utilisation(472e12, 1.0, fake('TPU v5e', 'TPU v4')) == pytest.approx(1.0)
+
+
+def test_utilisation_of_what_is_not_known():
+    assert utilisation(1e12, 1.0, jax.devices()) is None
+    assert utilisation(1e12, 1.0, fake('TPU v4', 'cpu')) is None
+    assert utilisation(1e12, 0.0, fake('TPU v4')) is None
+    assert utilisation(1e12, 1.0, []) is None

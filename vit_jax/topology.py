@@ -1,0 +1,496 @@
+"""The train step of a run, compiled for accelerators that are not here.
+
+XLA compiles for a TPU slice from its name alone (libtpu brings the compiler, which runs
+on the CPU), and tells what the program needs of each device before any is rented: the
+same step, sharded and donated in the same way, that `train` would compile there.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from vit_jax.build import Run
+from vit_jax.errors import UserError, unknown
+from vit_jax.hardware import find_hardware
+from vit_jax.parallel import bytes_per_device
+from vit_jax.summary import count_macs
+
+
+class Generation(NamedTuple):
+    """A generation of TPUs.
+
+    Attributes:
+      slices: the shapes in which up to 256 chips are let, as published with each
+        generation at https://docs.cloud.google.com/tpu/docs.
+      cores: devices that JAX counts per chip.
+      options: of the compiler's topology, beside the shape.
+    """
+
+    slices: tuple[str, ...]
+    cores: int = 1
+    options: dict[str, str] = {}
+
+
+_TORUS_2D = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_TORUS_3D = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x4x12', '4x8x8')
+GENERATIONS: dict[str, Generation] = {
+    # A chip's two cores work as one device, 'megacore', where JAX runs on v4; the
+    # compiler would take them for two unless told.
+    'v4': Generation((*_TORUS_3D, '4x4x16'), options={'chip_config_name': 'megacore'}),
+    'v5e': Generation(_TORUS_2D),
+    'v5p': Generation((*_TORUS_3D, '4x4x16')),
+    'v6e': Generation(_TORUS_2D),
+    'tpu7x': Generation(_TORUS_3D, cores=2),
+}
+
+# What libtpu would otherwise ask the metadata server of a cloud machine for, and
+# complain about not finding; and a lock that is for programs that run.
+_LIBTPU_ENV = {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+
+# XLA's least effort (`jax_optimization_level` O0), by its number.
+_QUICK = {'optimization_level': 9}
+
+
+class Slice(NamedTuple):
+    """Accelerators that are not here.
+
+    Attributes:
+      name: such as 'v5e:16x16'.
+      chips: how many there are.
+      num_devices: how many devices JAX counts.
+    """
+
+    name: str
+    chips: int
+    num_devices: int
+
+
+class Memory(NamedTuple):
+    """Bytes that the step takes on one device.
+
+    Attributes:
+      arguments: by kind, 'parameters', 'optimizer', 'batch'..., without padding.
+      padding: what the layout of the arguments on the device adds to them.
+      outputs: results that do not take the place of an argument.
+      temporaries: activations, gradients and other intermediate results.
+      code: the program.
+      total: all of it. Where the program does not fit, what the compiler says it
+        needs, of which it tells no parts beside the arguments.
+      limit: what there is for programs, or None where that is not known.
+    """
+
+    arguments: dict[str, int]
+    padding: int
+    outputs: int
+    temporaries: int
+    code: int
+    total: int
+    limit: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.total <= self.limit
+
+
+class Report(NamedTuple):
+    """What a compiled train step costs each device.
+
+    Attributes:
+      device_kind: as JAX names it.
+      num_devices: in all.
+      chips: in all, of which each may be two devices.
+      mesh: sizes of the mesh's axes.
+      batch_size: images a step, over all devices.
+      accum_steps: micro-batches of a step.
+      memory: see `Memory`.
+      flops: operations a step of one device, a multiply-add being two.
+      bytes_accessed: to and from memory in a step, if every operation of the program
+        read its operands there and wrote its results there; None where the compiler
+        did not say.
+      collectives: bytes of the results of each kind of message between devices, as
+        often as the program's text names it (the body of a loop once); empty where
+        there is no program.
+      compile_seconds: how long compiling for memory took here.
+    """
+
+    device_kind: str
+    num_devices: int
+    chips: int
+    mesh: dict[str, int]
+    batch_size: int
+    accum_steps: int
+    memory: Memory
+    flops: float
+    bytes_accessed: float | None
+    collectives: dict[str, int]
+    compile_seconds: float
+
+    def roofline(self) -> dict[str, float]:
+        """Least seconds a step for 'compute' and 'memory', by the published peaks.
+
+        That of compute is a bound. That of memory is an estimate: what stays in the
+        chip between operations need not be moved. Empty for an unknown device.
+        """
+        hardware = find_hardware(self.device_kind)
+        if hardware is None:
+            return {}
+        seconds = {'compute': self.flops / hardware.flops}
+        if self.bytes_accessed is not None:
+            seconds['memory'] = self.bytes_accessed / hardware.hbm_bandwidth
+        return seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """The report, and what follows from it, as plain values."""
+        return {
+            **self._asdict(),
+            'memory': {**self.memory._asdict(), 'fits': self.memory.fits},
+            'roofline_seconds': self.roofline(),
+        }
+
+
+def parse_slice(name: str) -> Slice:
+    """What a name such as 'v5e:4x4' or 'v4:4x4x8' stands for.
+
+    Raises:
+      UserError: for a generation or a shape that there is not.
+
+    >>> parse_slice('tpu7x:2x2x4')
+    Slice(name='tpu7x:2x2x4', chips=16, num_devices=32)
+    """
+    kind, _, shape = name.lower().partition(':')
+    if kind not in GENERATIONS:
+        raise unknown('TPU generation', kind, GENERATIONS)
+    generation = GENERATIONS[kind]
+    if shape not in generation.slices:
+        raise UserError(
+            f'no {kind} slice of up to 256 chips has the shape {shape!r}; choose one '
+            f'of: {", ".join(generation.slices)}'
+        )
+    chips = math.prod(map(int, shape.split('x')))
+    return Slice(f'{kind}:{shape}', chips, chips * generation.cores)
+
+
+def slice_devices(name: str) -> tuple[jax.Device, ...]:
+    """The devices of a slice; programs can be compiled for them, not run.
+
+    Raises:
+      UserError: for a name that is none (see `parse_slice`), and without libtpu.
+    """
+    name = parse_slice(name).name
+    if importlib.util.find_spec('libtpu') is None:
+        raise UserError("compiling for TPUs needs libtpu: pip install 'vit_jax[tpu]'")
+    for key, value in _LIBTPU_ENV.items():
+        os.environ.setdefault(key, value)
+    kind = name.partition(':')[0]
+    description = topologies.get_topology_desc(
+        topology_name=name, platform='tpu', **GENERATIONS[kind].options
+    )
+    return tuple(description.devices)
+
+
+def run_on(run: Run, devices: tuple[jax.Device, ...]) -> Run:
+    """The same run on other devices.
+
+    Raises:
+      UserError: when its mesh or its batch does not fit them.
+    """
+    parallel = dataclasses.replace(run.parallel, devices=devices)
+    if parallel.mode != 'jit':
+        raise UserError("compiling for other devices needs parallel.mode='jit'")
+    parallel.check_batch_size(run.batch_size, 'config.batch_size', parallel.accum_steps)
+    return dataclasses.replace(run, parallel=parallel)
+
+
+def with_batch_size(run: Run, batch_size: int) -> Run:
+    """The same run with batches of another size; its schedule stays."""
+    shapes = {
+        key: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+        for key, x in run.batch_shape.items()
+    }
+    return dataclasses.replace(run, batch_size=batch_size, batch_shape=shapes)
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Bytes that the compiler lets a program have on a device; None if it has no limit.
+
+    Asked of the compiler itself, by a program that is too large.
+    """
+    sharding = SingleDeviceSharding(device)
+    huge = jax.ShapeDtypeStruct((2**42,), jnp.int8, sharding=sharding)  # 4 TiB
+    try:
+        jax.jit(lambda x: x[:1]).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return parse_overflow(str(error))[1]
+    return None
+
+
+def compile_for(
+    run: Run,
+    devices: tuple[jax.Device, ...],
+    *,
+    limit: int | None = None,
+    quick: bool = False,
+) -> Report:
+    """Compiles a run's train step for other devices, and reports what it needs.
+
+    Args:
+      run: as `build` made it, for any devices.
+      devices: those to compile for.
+      limit: see `memory_limit`.
+      quick: compile with the least effort: several times faster, and the program
+        takes somewhat more memory than the one that would run.
+
+    Raises:
+      UserError: when the run does not fit these devices but for their memory.
+    """
+    run = run_on(run, devices)
+    traced = _trace(run)
+    with _for_devices(run):
+        lowered = traced.lower(lowering_platforms=(devices[0].platform,))
+    flops = 2.0 * count_macs(traced.jaxpr.jaxpr) / len(devices)
+
+    # Counts are taken from the program of least effort: further ones move tensors
+    # between memory and the chip ahead of their use, and XLA counts that twice over.
+    start = time.perf_counter()
+    plain, overflow = _compile(lowered, _QUICK)
+    program, seconds = plain, time.perf_counter() - start
+    if not quick:
+        start = time.perf_counter()
+        program, overflow = _compile(lowered, {})
+        seconds = time.perf_counter() - start
+
+    counted, bytes_accessed = _costs(plain or program)
+    if bytes_accessed is not None and counted:
+        # XLA counts the body of a loop once, whatever its length.
+        bytes_accessed *= max(1.0, flops / counted)
+    return Report(
+        device_kind=devices[0].device_kind,
+        num_devices=len(devices),
+        chips=_count_chips(devices),
+        mesh={str(axis): size for axis, size in run.parallel.mesh.shape.items()},
+        batch_size=run.batch_size,
+        accum_steps=run.parallel.accum_steps,
+        memory=_memory(run, program, overflow, limit),
+        flops=max(flops, counted),
+        bytes_accessed=bytes_accessed,
+        collectives={} if program is None else count_collectives(program.as_text()),
+        compile_seconds=seconds,
+    )
+
+
+def largest_batch(
+    run: Run,
+    devices: tuple[jax.Device, ...],
+    report: Report,
+    quick: bool = False,
+) -> Report | None:
+    """The report of the largest batch that fits, within a device's share of rows.
+
+    A second batch size gives a line through the memory of both; where it meets the
+    limit is the answer, which is compiled too. Should that not fit, the line is
+    drawn anew through it, three times at most.
+
+    Args:
+      run, devices, quick: see `compile_for`.
+      report: of the run as it is.
+
+    Returns:
+      None where not even the smallest batch fits.
+
+    Raises:
+      UserError: where the memory of the devices is not known.
+    """
+    limit = report.memory.limit
+    if limit is None:
+        raise UserError(f'the memory of {report.device_kind!r} devices is not known')
+    run = run_on(run, devices)
+    unit = run.parallel.data * run.parallel.fsdp * run.parallel.accum_steps
+    # A size that takes more than half of the limit, and fits: from far away, what
+    # does not grow with the batch hides what does.
+    proportional = report.batch_size * limit / report.memory.total
+    other = max(int(0.6 * proportional) // unit, 1) * unit
+    if other == report.batch_size:
+        other *= 2
+
+    def compile_at(batch_size: int) -> Report:
+        sized = with_batch_size(run, batch_size)
+        return compile_for(sized, devices, limit=limit, quick=quick)
+
+    reports = {r.batch_size: r for r in (report, compile_at(other))}
+    for _ in range(3):
+        points = {size: r.memory.total for size, r in reports.items()}
+        answer = solve_line(points, limit) // unit * unit
+        if answer <= 0:
+            break
+        if answer not in reports:
+            reports[answer] = compile_at(answer)
+        if reports[answer].memory.fits:
+            break
+    fitting = [size for size, r in reports.items() if r.memory.fits]
+    return reports[max(fitting)] if fitting else None
+
+
+def solve_line(points: dict[int, int], limit: int) -> int:
+    """The x at which the line through the two points nearest to `limit` meets it.
+
+    Rounded down; below the smallest x whose y is above `limit`, should the line,
+    which is no more than an approximation, say otherwise.
+
+    >>> solve_line({10: 120, 20: 220}, 1000)
+    98
+    """
+    near = sorted(points, key=lambda x: abs(points[x] - limit))[:2]
+    x, other = min(near), max(near)
+    slope = (points[other] - points[x]) / (other - x)
+    above = [n for n, y in points.items() if y > limit]
+    most = min(above, default=None)
+    if slope <= 0:  # no more memory for more: nothing to solve
+        return max(points) if most is None else most - 1
+    answer = math.floor(x + (limit - points[x]) / slope)
+    return answer if most is None else min(answer, most - 1)
+
+
+def parse_overflow(message: str) -> tuple[int, int]:
+    """(bytes needed, bytes there are), from XLA's error for a program too large.
+
+    Raises:
+      UserError: with what the message says, where it does not say that.
+
+    >>> parse_overflow('RESOURCE_EXHAUSTED: ... memory required for HLO temporaries '
+    ...                '(97.50G) exceeds available HBM (15.75G). HLO module: f.')
+    (104689827840, 16911433728)
+    """
+    size = r'([\d.]+)([KMGT]?)'
+    found = re.search(rf'\({size}\) exceeds available HBM \({size}\)', message)
+    found = found or re.search(rf'Used {size} of {size} hbm', message)
+    if found is None:
+        raise UserError(f'the compiler stopped: {" ".join(message.split())[:300]}')
+    needed, needed_unit, available, available_unit = found.groups()
+    return _bytes(needed, needed_unit), _bytes(available, available_unit)
+
+
+def count_collectives(text: str) -> dict[str, int]:
+    """Bytes that messages bring to each device, by kind, from a program's text.
+
+    >>> count_collectives('  %a = (f32[2,3]{1,0}, bf16[5]) all-reduce(%x, %y), to=%f')
+    {'all-reduce': 34}
+    """
+    kinds = 'all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute'
+    pattern = rf'^\s*(?:ROOT )?%\S+ = (.*?) ({kinds})(-start)?\('
+    total: Counter[str] = Counter()
+    for types, kind, start in re.findall(pattern, text, re.MULTILINE):
+        sizes = [
+            _bits(dtype) * math.prod(int(n) for n in shape.split(',') if n) // 8
+            for dtype, shape in re.findall(r'\b([a-z]\w*)\[([\d,]*)\]', types)
+        ]
+        if start and kind != 'all-reduce':  # gives (operands, results, ...)
+            sizes = [max(sizes)]
+        total[kind] += sum(sizes)
+    return dict(total)
+
+
+def _trace(run: Run) -> Any:
+    """The run's own step, traced for the devices of `run.parallel`."""
+    parallel = run.parallel
+
+    def place(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.tree.map(
+        place, run.state_shape, parallel.state_sharding(run.state_shape)
+    )
+    batch = {key: place(x, parallel.rows) for key, x in run.batch_shape.items()}
+    with _for_devices(run):
+        step: Any = parallel.train_step(run.train_step, run.state_shape)
+        return step.trace(state, batch)
+
+
+def _for_devices(run: Run) -> contextlib.AbstractContextManager:
+    """What is traced within is for the run's devices, whatever this machine has."""
+    return jax.sharding.use_abstract_mesh(run.parallel.mesh.abstract_mesh)
+
+
+def _compile(lowered: Any, options: dict) -> tuple[Any, tuple[int, int] | None]:
+    """(the program, None), or (None, bytes needed and there) where it does not fit."""
+    try:
+        return lowered.compile(compiler_options=options), None
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return None, parse_overflow(str(error))
+
+
+def _memory(
+    run: Run, program: Any, overflow: tuple[int, int] | None, limit: int | None
+) -> Memory:
+    arguments = _arguments(run)
+    if program is None:
+        assert overflow is not None
+        needed, available = overflow
+        rest = max(needed - sum(arguments.values()), 0)
+        return Memory(arguments, 0, 0, rest, 0, needed, available)
+    stats = program.memory_analysis()
+    parts = {
+        'padding': max(stats.argument_size_in_bytes - sum(arguments.values()), 0),
+        'outputs': max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
+        'temporaries': stats.temp_size_in_bytes,
+        'code': stats.generated_code_size_in_bytes,
+    }
+    total = sum(arguments.values()) + sum(parts.values())
+    return Memory(arguments, **parts, total=total, limit=limit)
+
+
+def _arguments(run: Run) -> dict[str, int]:
+    """Bytes of the state and the batch on one device, by kind, without padding."""
+    names = {'variables': 'parameters', 'opt_state': 'optimizer'}
+    sharding = run.parallel.state_sharding(run.state_shape)
+    sizes = {
+        names.get(field.name, field.name): bytes_per_device(
+            getattr(run.state_shape, field.name), getattr(sharding, field.name)
+        )
+        for field in dataclasses.fields(run.state_shape)  # type: ignore[arg-type]
+    }
+    sizes.pop('step')  # four bytes
+    rows = dict.fromkeys(run.batch_shape, run.parallel.rows)
+    sizes['batch'] = bytes_per_device(run.batch_shape, rows)
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _costs(program: Any) -> tuple[float, float | None]:
+    """(operations, bytes accessed) of one device, as XLA counts them."""
+    costs = None if program is None else program.cost_analysis()
+    if not costs:
+        return 0.0, None
+    return costs.get('flops', 0.0), costs.get('bytes accessed')
+
+
+def _count_chips(devices: tuple[jax.Device, ...]) -> int:
+    """Devices that share coordinates are cores of one chip."""
+    return len({tuple(getattr(d, 'coords', (d.id,))) for d in devices})
+
+
+def _bytes(number: str, unit: str) -> int:
+    powers = {'': 0, 'K': 1, 'M': 2, 'G': 3, 'T': 4}
+    return round(float(number) * 1024 ** powers[unit])
+
+
+def _bits(dtype: str) -> int:
+    """Of an element: 'bf16', 's4', 'pred', 'f8e4m3fn'."""
+    digits = re.search(r'\d+', dtype)
+    return int(digits[0]) if digits else 8
