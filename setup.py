@@ -30,6 +30,7 @@ setup(
         'filelock>=3.13,<5',
         'flatbuffers>=24,<26',  # jax.export's format
         'flax>=0.12,<0.13',
+        'google-crc32c>=1.5,<2',  # checksums of tfrecord files
         'grain>=0.2.12,<0.3',
         'huggingface-hub>=1.0,<3',
         'jax>=0.10,<0.12',
@@ -55,10 +56,12 @@ setup(
             'pytest>=8,<10',
             'pytest-xdist>=3.6,<4',
             'ruff>=0.6,<1',
+            'submitit>=1.5,<2',
         ],
         # TensorFlow, for TFDS to prepare the datasets it downloads itself.
         'prepare': ['tensorflow>=2.18,<3'],
         'torch': ['torch>=2.10,<3'],
+        'slurm': ['submitit>=1.5,<2'],
         'text': ['sentencepiece>=0.2,<0.3', 'sacrebleu>=2.4,<3'],
         'tpu': ['jax[tpu]>=0.10,<0.12'],
         'gpu': ['jax[cuda12]>=0.10,<0.12'],
