@@ -7,15 +7,21 @@ recipe    AdamW, 2,500 steps of 64 images, shifts by one pixel; the same for the
 expected  95.2 ± 0.4% (seeds 0 to 2, experiments/digits_sample_efficiency)
 
   vit_jax train --config=configs/digits_vit.py --workdir=/tmp/digits_vit
+
+With a distillation token, learning from a CNN as well (docs/finetuning.md):
+
+  vit_jax train --config=configs/digits_vit.py:distill --workdir=/tmp/distilled \\
+      --config.distill.teacher=/tmp/digits_cnn
 """
 
 from vit_jax.config import choose_variant, default_config
 
 
 def get_config(variant=None):
-    smoke = choose_variant(variant, 'smoke') == 'smoke'
-    config = default_config()
-    config.model.name = 'ViT-Ti/2'
+    variant = choose_variant(variant, 'smoke', 'distill')
+    smoke, distill = variant == 'smoke', variant == 'distill'
+    config = default_config('distill' if distill else 'classify')
+    config.model.name = 'DeiT-Ti/2-distilled' if distill else 'ViT-Ti/2'
     config.model.kwargs = {'width': 64, 'depth': 4, 'mlp_dim': 128, 'num_heads': 4}
     config.dataset.name = 'digits'
     config.augment.crop = 'pad'

@@ -4,13 +4,8 @@ import shutil
 import pytest
 from command_lines import COLOUR, DIGITS
 
-from vit_jax.commands.evaluate import (
-    _check_classes,
-    _take_facts,
-    _take_preprocessing,
-)
+from vit_jax.commands.evaluate import _take_facts, _take_preprocessing
 from vit_jax.config import default_config, override
-from vit_jax.errors import UserError
 
 pytest_plugins = ['command_fixtures']
 
@@ -77,21 +72,6 @@ def test_gelu_is_that_of_the_weights_unless_the_user_says_otherwise(capsys):
     assert config.model.kwargs.to_dict() == {}
 
 
-def test_imagenet_in_words_is_taken_for_imagenet_in_ids(capsys):
-    ids = ['n01440764', 'n01443537 goldfish']
-    _check_classes('w', {'class_names': ['n01440764 tench', 'n01443537']}, ids)
-    assert capsys.readouterr().err == ''
-    _check_classes('w', {'class_names': ['tench, Tinca tinca', 'goldfish']}, ids)
-    assert 'in this order' in capsys.readouterr().err
-    _check_classes('w', {'class_names': ['0', '1']}, ['cat', 'dog'])
-    assert 'in this order' in capsys.readouterr().err
-    with pytest.raises(UserError, match='the data has 2'):  # a run on digits
-        _check_classes('w', {'class_names': ['0', '1'], 'config': {}}, ['cat', 'dog'])
-    for names in (['tench'], ['n01440764', 'n01484850'], ['tench', 'n01443537']):
-        with pytest.raises(UserError, match='the data has 2'):
-            _check_classes('w', {'class_names': names}, ids)
-
-
 def test_pixels_are_seen_as_in_training_unless_the_user_says_otherwise(capsys):
     theirs = {
         'mean': [0.485, 0.456, 0.406],
@@ -143,3 +123,61 @@ def test_the_workdir_is_left_as_it_is(run, digits, snapshot):
     before = snapshot(digits)
     evaluate(run, f'--workdir={digits}')
     assert snapshot(digits) == before
+
+
+# --- Probes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (['knn'], {'probe_k': 20, 'probe_temperature': 0.07}),
+        (['knn', '--probe_k=3', '--probe_temperature=1'], {'probe_k': 3}),
+        (['few_shot', '--shots=2', '--trials=3'], {'shots': 2, 'trials': 3}),
+        (['linear', '--l2=0.1'], {'l2': 0.1, 'converged': True}),
+    ],
+)
+def test_a_probe_of_a_workdir(run, digits, options, expected):
+    probe, *options = options
+    metrics = evaluate(run, f'--workdir={digits}', f'--probe={probe}', *options)
+    about = {'dataset': 'digits', 'split': 'test', 'step': 3, 'probe': probe}
+    about |= {'train_split': 'train', 'train_examples': 1438, 'width': 64}
+    assert metrics.items() >= {**about, **expected, 'examples': 359}.items()
+    assert 0.15 < metrics['accuracy'] < 1  # three steps teach little; chance is 0.1
+    assert ('accuracy_sd' in metrics) == (probe == 'few_shot')
+    if probe == 'few_shot':
+        assert 0 < metrics['accuracy_sd'] < 0.2
+
+
+def test_a_probe_is_of_any_classes(run, fails, digits):
+    """Weights that know ten digits, and data of three classes."""
+    argv = [
+        *DIGITS,
+        '--config.dataset.name=synthetic:size=8,channels=1,num_examples=30,num_classes=3',
+        '--config.dataset.train_fraction=0.5',
+        f'--weights={digits}',
+    ]
+    assert 'knows 10 classes' in fails('evaluate', *argv)
+    metrics = evaluate(run, *argv, '--probe=knn', '--probe_k=5')
+    assert (metrics['train_examples'], metrics['examples']) == (15, 30)
+    message = fails('evaluate', *argv, '--probe=knn', late=True)
+    assert message == 'k=20 neighbours are more than the 15 training examples'
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--probe_k=3'], '--probe_k is an option of --probe=knn'),
+        (['--probe=knn', '--shots=3'], '--shots is an option of --probe=few_shot'),
+        (['--probe=few_shot', '--l2=1'], '--l2 is an option of --probe=linear'),
+    ],
+)
+def test_options_of_another_probe(fails, digits, options, message):
+    assert fails('evaluate', f'--workdir={digits}', *options) == message
+
+
+@pytest.mark.parametrize('option', ['--probe=nearest', '--probe_k=0', '--l2=-1'])
+def test_impossible_options(run, digits, option):
+    code, out, err = run('evaluate', f'--workdir={digits}', option)
+    assert (code, out) == (2, '')
+    assert f'argument {option.partition("=")[0]}: invalid' in err

@@ -1,16 +1,20 @@
 """vit_jax evaluate"""
 
+import argparse
 import json
-import pathlib
-import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from vit_jax import cluster
 from vit_jax.commands import options
-from vit_jax.errors import UserError, some
+from vit_jax.errors import UserError
+
+if TYPE_CHECKING:  # JAX is imported when it is needed
+    from vit_jax.build import Run
+    from vit_jax.typing import Variables
 
 EPILOG = f"""\
 {options.CONFIG_HELP}
@@ -19,7 +23,14 @@ EPILOG = f"""\
   vit_jax evaluate --config=configs/digits_convit.py --weights=/tmp/digits
   vit_jax evaluate --config=configs/imagenet_convit.py \\
       --weights=hf:timm/convit_tiny.fb_in1k --config.model.name=ConViT-Ti/16
+  vit_jax evaluate --workdir=/tmp/digits --probe=knn --probe_k=10
 """
+# The options of each probe, with their defaults.
+PROBES: dict[str, dict[str, Any]] = {
+    'knn': {'probe_k': 20, 'probe_temperature': 0.07},
+    'few_shot': {'shots': 5, 'trials': 5},
+    'linear': {'l2': None},
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,23 +44,29 @@ def main(argv: Sequence[str]) -> None:
         help='workdir, exported folder, weight file or address, with --config; pixels '
         'are normalised and cropped as it says, unless --config.dataset.* do',
     )
+    _add_probes(parser)
     args, overrides = options.parse(parser, argv)
+    _check_probe(args)
     given = bool(args.workdir), bool(args.config), bool(args.weights)
     if given not in ((True, False, False), (False, True, True)):
         raise UserError('give --workdir=DIR, or both --config=FILE and --weights=PATH')
 
     options.quiet()
+    cluster.join()  # several processes, where the environment or the cluster says so
+    import jax
+
     from vit_jax.build import build
-    from vit_jax.checkpoint import load_metadata
     from vit_jax.config import from_dict, override
     from vit_jax.evaluate import evaluate
     from vit_jax.pretrained import load_variables
+    from vit_jax.pretrained.classes import check_classes
     from vit_jax.pretrained.source import open_source
+    from vit_jax.probes import headless
 
     weights, named = args.workdir or args.weights, options.keys(overrides)
-    if args.workdir:
-        load_metadata(pathlib.Path(weights))  # raises where it is none
     source = open_source(weights)
+    if args.workdir and source.step is None:
+        raise UserError(f'{weights} is not the workdir of a run: no checkpoints/ in it')
     metadata = source.metadata or {}
     if args.config:
         config = options.read_config(args.config, overrides)
@@ -58,14 +75,18 @@ def main(argv: Sequence[str]) -> None:
     else:
         config = override(from_dict(metadata['config']), overrides)
     run = build(config, named=named)
-    _check_classes(weights, metadata, run.dataset.class_names)
+    model = run.model
+    if args.probe:  # which are of any classes
+        model = headless(model)
+    else:
+        check_classes(weights, metadata, run.dataset.class_names)
     *image_size, channels = run.batch_shape['image'].shape[1:]
     variables, report = load_variables(
         source,
-        run.model,
+        model,
         tuple(image_size),
         channels=channels,
-        sharding=run.parallel.replicated,
+        sharding=run.parallel.leaf_sharding,
     )
     if args.weights or report.resized or report.notes:
         print(report.summary(), file=sys.stderr)
@@ -73,14 +94,91 @@ def main(argv: Sequence[str]) -> None:
     about = {'dataset': run.dataset.name, 'split': run.metadata['eval_split']}
     if source.step is not None:
         about['step'] = source.step
-    print(json.dumps({**about, **evaluate(run, variables)}))
+    result = _probe(run, variables, args) if args.probe else evaluate(run, variables)
+    if jax.process_index() == 0:
+        print(json.dumps({**about, **result}))
+
+
+def _add_probes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--probe',
+        choices=list(PROBES),
+        help='classify by the features of the frozen model, its classifier left out, '
+        'from the training split, not augmented',
+    )
+    known = {
+        'probe_k': (options.positive, 'knn: how many neighbours vote (20)'),
+        'probe_temperature': (_above_0, 'knn: of their votes (0.07)'),
+        'shots': (options.positive, 'few_shot: examples of each class (5)'),
+        'trials': (options.positive, 'few_shot: choices of them, averaged (5)'),
+        'l2': (_above_0, 'linear: penalty; chosen on a fifth of the split if left out'),
+    }
+    for name, (kind, text) in known.items():
+        parser.add_argument(f'--{name}', type=kind, metavar='N', help=text)
+
+
+def _above_0(text: str) -> float:
+    number = float(text)
+    if not 0.0 < number < float('inf'):
+        raise ValueError
+    return number
+
+
+def _check_probe(args: argparse.Namespace) -> None:
+    """Fills in the probe's defaults; raises UserError for options it does not read."""
+    for probe, defaults in PROBES.items():
+        for name, default in defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif args.probe != probe:
+                raise UserError(f'--{name} is an option of --probe={probe}')
+
+
+def _probe(
+    run: 'Run', variables: 'Variables', args: argparse.Namespace
+) -> dict[str, Any]:
+    """Accuracy of a probe, and what it depends on."""
+    import numpy as np
+
+    from vit_jax import probes
+
+    train = probes.extract_features(run, variables, run.probe_data())
+    test = probes.extract_features(run, variables, run.eval_data())
+    about = {
+        'probe': args.probe,
+        'train_split': run.metadata['config']['dataset']['train_split'],
+        'train_examples': len(train.labels),
+        'width': train.features.shape[1],
+        **{name: getattr(args, name) for name in PROBES[args.probe]},
+    }
+
+    def accuracy(predicted: np.ndarray) -> float:
+        return float(np.mean(predicted == test.labels))
+
+    if args.probe == 'knn':
+        predicted = probes.knn(
+            train, test.features, args.probe_k, args.probe_temperature
+        )
+        about['accuracy'] = accuracy(predicted)
+    elif args.probe == 'few_shot':
+        trials = [
+            accuracy(probes.few_shot(train, test.features, args.shots, seed))
+            for seed in range(args.trials)
+        ]
+        about['accuracy'] = float(np.mean(trials))
+        about['accuracy_sd'] = float(np.std(trials, ddof=1)) if trials[1:] else None
+    else:
+        fit = probes.linear_probe(train, test.features, args.l2)
+        about |= {'l2': fit.l2, 'converged': fit.converged}
+        about['accuracy'] = accuracy(fit.predicted)
+    return {**about, 'examples': len(test.labels)}
 
 
 def _take_preprocessing(
     config: ConfigDict, named: Collection[str], theirs: Mapping[str, Any]
 ) -> None:
     """Sets how the weights were trained to see pixels, where the user does not."""
-    from vit_jax.build import NORMALIZATIONS
+    from vit_jax.image_data import NORMALIZATIONS
 
     pixels = [theirs.get('mean'), theirs.get('std')]
     known = {
@@ -106,7 +204,7 @@ def _take_facts(
     config: ConfigDict, named: Collection[str], theirs: Mapping[str, Any]
 ) -> None:
     """Sets what shapes do not tell of the weights' model, where the user does not."""
-    from vit_jax.build import make_model
+    from vit_jax.modules import make_model
 
     kwargs = config.model.kwargs.to_dict()
     model = make_model(config.model.name, 1, config.dtype, kwargs)
@@ -136,44 +234,3 @@ def _compare_models(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
                 f'config has {ours[0]} with {ours[1]}',
                 file=sys.stderr,
             )
-
-
-def _check_classes(
-    weights: str, metadata: Mapping[str, Any], here: Sequence[str]
-) -> None:
-    """Raises UserError when the weights' classes are not those of the data.
-
-    ImageNet's are known by their WordNet id, with or without names behind it.
-    """
-    from vit_jax.pretrained.metadata import default_class_names
-
-    there = metadata.get('class_names')
-    if there is None:
-        return
-    if list(map(_wordnet_id, there)) == list(map(_wordnet_id, here)):
-        return
-    # Numbers, where nobody knew names (but those of a run are its data's); words there
-    # and ids here, in transformers' ImageNet, whose order is that of the ids.
-    numbers = default_class_names(len(there))
-    nameless = list(there) == numbers and 'config' not in metadata
-    in_words = not any(map(_is_id, there)) and all(map(_is_id, here))
-    if (nameless or in_words) and len(there) == len(here):
-        print(
-            f'warning: the classes of {weights} ({some(there)}) are taken for those of '
-            f'the data ({some(here)}), in this order',
-            file=sys.stderr,
-        )
-        return
-    raise UserError(
-        f'{weights} knows {len(there)} classes ({some(there)}), the data has '
-        f'{len(here)} ({some(here)})'
-    )
-
-
-def _wordnet_id(name: str) -> str:
-    match = re.match(r'n\d{8}\b', name)
-    return match[0] if match else name
-
-
-def _is_id(name: str) -> bool:
-    return re.fullmatch(r'n\d{8}', _wordnet_id(name)) is not None
