@@ -99,9 +99,15 @@ def train(model, draw, num_steps, seed=0, batch_size=64):
     """Accuracy on held-out signals after `num_steps` of training."""
     (signal, label), held_out = draw_split(draw, seed)
     tx = optax.adam(optax.cosine_decay_schedule(5e-3, num_steps))
-    settings, key = classify.Settings(), jax.random.key(seed)
-    shape = signal.shape[1:]
-    state = classify.init_state(model=model, tx=tx, rng=key, image_shape=shape)
+    settings = classify.Settings(model.num_classes)
+    key = jax.random.key(seed)
+    state = classify.init_state(
+        model=model,
+        tx=tx,
+        rng=key,
+        image_shape=signal.shape[1:],
+        settings=settings,
+    )
     step = jax.jit(
         partial(classify.train_step, model=model, tx=tx, rng=key, settings=settings)
     )

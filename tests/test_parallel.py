@@ -1,4 +1,4 @@
-"""One device, eight with jit, eight with pmap: the same run."""
+"""One device, eight with jit, with pmap, with a sharded state: the same run."""
 
 import dataclasses
 import itertools
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import vit_jax.parallel
 from vit_jax.build import build
 from vit_jax.config import default_config
 from vit_jax.errors import UserError
@@ -23,10 +24,10 @@ def stochastic_config():
     config.model.name = 'ConViT-Ti/2'
     config.model.kwargs = {
         'width': 16,
-        'depth': 3,
+        'depth': 2,
         'mlp_dim': 24,
         'num_heads': 4,
-        'num_local_layers': 2,
+        'num_local_layers': 1,
         'drop_path_rate': 0.5,
         'dropout_rate': 0.1,
         'attention_dropout_rate': 0.1,
@@ -39,53 +40,67 @@ def stochastic_config():
     config.num_steps = NUM_STEPS
     config.optim.learning_rate = 3e-3
     config.optim.clip_norm = 1.0
+    config.augment.erasing = 0.5
+    config.augment.mixup = 0.8
+    config.augment.cutmix = 1.0
+    config.augment.mix_mode = 'elem'
+    config.augment.repeats = 2
+    config.accum_steps = 2
     config.optim.label_smoothing = 0.1
+    config.optim.ema_decay = 0.5
     return config
 
 
-def losses_and_evaluation(mode, num_devices):
+def losses_and_evaluation(num_devices, *args, **kwargs):
     run = build(stochastic_config())
-    parallel = Parallel(mode, tuple(jax.devices()[:num_devices]))
+    parallel = Parallel(*args, tuple(jax.devices()[:num_devices]), **kwargs)
     run = dataclasses.replace(run, parallel=parallel)
     state = parallel.init(run.init)
-    step = parallel.train_step(run.train_step)
+    step = parallel.train_step(run.train_step, run.state_shape)
     losses = []
     with closing(run.train_data(0)) as data:
         for batch in itertools.islice(parallel.prefetch(data), NUM_STEPS):
             state, metrics = step(state, batch)
             total, weight = metrics['loss']
             losses.append(float(total / weight))
-    return losses, evaluate(run, state.variables)
+    evaluations = [evaluate(run, v) for v in (state.variables, state.average)]
+    return losses, evaluations, (step, state, batch)
 
 
 @pytest.fixture(scope='module')
 def on_one_device():
-    return losses_and_evaluation('jit', 1)
+    return losses_and_evaluation(1, 'jit')
 
 
-@pytest.mark.parametrize('mode', ['jit', 'pmap'])
-def test_eight_devices_give_the_losses_of_one(on_one_device, mode):
-    losses, evaluation = losses_and_evaluation(mode, 8)
-    expected_losses, expected_evaluation = on_one_device
+@pytest.mark.parametrize(
+    ('mode', 'mesh'),
+    [
+        ('jit', {}),
+        ('pmap', {}),
+        ('jit', {'fsdp': 2, 'tensor': 2}),
+    ],
+)
+def test_eight_devices_give_the_losses_of_one(on_one_device, mode, mesh, monkeypatch):
+    """Random augmentation, mixing, dropout, micro-batches: everything is on."""
+    monkeypatch.setattr(vit_jax.parallel, 'MIN_SIZE', 2)  # so that all is sharded
+    losses, evaluations, _ = losses_and_evaluation(8, mode, **mesh)
+    expected_losses, expected, _ = on_one_device
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    assert evaluation['examples'] == 83  # prime: the last batch is not full
-    for name, value in expected_evaluation.items():
-        np.testing.assert_allclose(evaluation[name], value, rtol=1e-5)
+    for found, values in zip(evaluations, expected):
+        assert found['examples'] == 83  # prime: the last batch is not full
+        for name, value in values.items():
+            np.testing.assert_allclose(found[name], value, rtol=2e-5)
 
 
 def test_the_run_is_stochastic(on_one_device):
-    losses, _ = on_one_device
-    run = build(stochastic_config())
-    state = run.init()
-    with closing(run.train_data(0)) as data:
-        batch = next(data)
-    step = jax.jit(run.train_step)
-    _, first = step(state, batch)
-    _, again = step(state, batch)
-    _, later = step(dataclasses.replace(state, step=state.step + 1), batch)
-    assert first['loss'][0] == again['loss'][0]
-    assert first['loss'][0] != later['loss'][0]
-    np.testing.assert_allclose(first['loss'][0] / 16, losses[0], rtol=1e-5)
+    *_, (step, state, batch) = on_one_device
+
+    def loss(number):
+        # A copy, for the step consumes its state.
+        given = jax.tree.map(jax.numpy.copy, state).replace(step=number)
+        return float(step(given, batch)[1]['loss'][0])
+
+    assert loss(state.step) == loss(state.step) != loss(state.step + 1)
 
 
 @pytest.mark.parametrize('mode', ['jit', 'pmap'])

@@ -1,18 +1,21 @@
 """The rows of the global batch, however they are spread over devices.
 
-A step is written once. Under `jit` over a mesh the batch is one global array and
-the functions below do nothing. Under `pmap` the same step sees one device's rows,
-and they speak to the other devices over the axis named `BATCH_AXIS`.
+A step is written once. Under `jit` over a mesh the batch is one global array, split
+over the axes `ROW_AXES`, and most of the functions below do nothing. Under `pmap` the
+same step sees one device's rows, and they speak to the other devices over the axis
+named `BATCH_AXIS`.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vit_jax.typing import Array, PRNGKey
 
 BATCH_AXIS = 'batch'
+ROW_AXES = ('data', 'fsdp')
 
 
 def batch_axis() -> str | None:
@@ -39,6 +42,17 @@ def batch_mean(tree: Any) -> Any:
         return jax.lax.pmean(x, BATCH_AXIS) if floating else x
 
     return jax.tree.map(mean, tree)
+
+
+def keep_rows(x: Array) -> Array:
+    """`x` `[B, ...]`, its rows where those of the batch are, its other axes whole.
+
+    Where parameters are split over 'fsdp', the compiler may else move activations to
+    them, and not them to the activations.
+    """
+    if 'fsdp' not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
 
 
 def example_keys(rng: PRNGKey, num_rows: int) -> Array:

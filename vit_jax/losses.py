@@ -7,22 +7,33 @@ import optax
 from vit_jax.typing import Array
 
 
-def softmax_cross_entropy(
-    logits: Array, label: Array, label_smoothing: float = 0.0
-) -> Array:
-    """Cross entropy against labels of which a share is spread over all classes.
+def smooth_labels(label: Array, num_classes: int, share: float = 0.0) -> Array:
+    """Targets of which a share is spread evenly over all classes.
 
     "Rethinking the Inception Architecture", arXiv 1512.00567, section 7.
 
     Args:
-      logits: `[B, V]`.
       label: `[B]` int.
-      label_smoothing: the share, in [0, 1).
+      num_classes: V.
+      share: in [0, 1).
+
+    Returns:
+      `[B, V]` float32, each row of sum 1.
+
+    >>> smooth_labels(jnp.array([1]), 4, 0.4)
+    Array([[0.1, 0.7, 0.1, 0.1]], dtype=float32)
+    """
+    return optax.smooth_labels(jax.nn.one_hot(label, num_classes), share)
+
+
+def cross_entropy(logits: Array, target: Array) -> Array:
+    """Cross entropy against a distribution over classes.
+
+    Args:
+      logits: `[B, V]`.
+      target: `[B, V]`, each row of sum 1.
 
     Returns:
       `[B]` float32.
     """
-    logits = logits.astype(jnp.float32)
-    one_hot = jax.nn.one_hot(label, logits.shape[-1])
-    target = optax.smooth_labels(one_hot, label_smoothing)
-    return optax.softmax_cross_entropy(logits, target)
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), target)

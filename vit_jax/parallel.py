@@ -1,12 +1,18 @@
 """Runs a pure step on all devices: `jit` over a mesh, or `pmap`.
 
-Both keep one replicated state and split every batch by rows. The step is the same
-function (`vit_jax.axes` tells it where it runs), and so are the results.
+The mesh has three axes. Rows of the batch are split over 'data' and 'fsdp'; parameters
+and optimizer over 'fsdp' (each device keeps a part, and sees the whole of a layer
+while it works on it) and 'tensor' (heads and hidden units), as `RULES` says. `pmap` is
+the simple way: one replicated state, rows of the batch for each device. The step is
+the same function (`vit_jax.axes` tells it where it runs), and so are the results.
 """
 
 import collections
 import dataclasses
+import functools
 import itertools
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,11 +20,27 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.axes import BATCH_AXIS
-from vit_jax.errors import UserError, unknown
-from vit_jax.typing import Batch
+from vit_jax.axes import BATCH_AXIS, ROW_AXES
+from vit_jax.errors import UserError, times, unknown
+from vit_jax.typing import Batch, Shape
 
 MODES = ('jit', 'pmap')
+MESH_AXES = (*ROW_AXES, 'tensor')
+
+# Where the axes of a parameter lie: the first rule whose pattern is found in the path
+# counts. The state of the optimizer has its parameter's path within its own, and is
+# sharded alike. What no rule names, or has other axes than its rule (Adafactor's rows
+# and columns), or lengths that the devices do not divide, is split over 'fsdp' along
+# the longest axis that they do divide.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r'attention/(query|key|value)/kernel', ('fsdp', 'tensor', None)),  # [D, N, H]
+    (r'attention/(query|key|value)/bias', ('tensor', None)),  # [N, H]
+    (r'attention/out/kernel', ('tensor', None, 'fsdp')),  # [N, H, D]
+    (r'mlp/fc1/kernel', ('fsdp', 'tensor')),  # [D, F]
+    (r'mlp/fc1/bias', ('tensor',)),  # [F]
+    (r'mlp/fc2/kernel', ('tensor', 'fsdp')),  # [F, D]
+)
+MIN_SIZE = 2**12  # of elements: norms and biases stay whole, their messages cost more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,51 +50,109 @@ class Parallel:
     Attributes:
       mode: 'jit' or 'pmap'.
       devices: all devices that take part, of all hosts.
+      fsdp, tensor: sizes of these axes of the mesh; 'data' has what is left.
+      accum_steps: micro-batches that a training batch is divided into.
     """
 
     mode: str
     devices: tuple[jax.Device, ...]
+    fsdp: int = 1
+    tensor: int = 1
+    accum_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise unknown('parallel.mode', self.mode, MODES)
+        if self.mode == 'pmap' and self.fsdp * self.tensor > 1:
+            raise UserError(
+                "parallel.mode='pmap' keeps the whole state on every device; "
+                "parallel.fsdp and parallel.tensor need parallel.mode='jit'"
+            )
+        if len(self.devices) % (self.fsdp * self.tensor):
+            raise UserError(
+                f'parallel.fsdp x parallel.tensor = {self.fsdp} x {self.tensor} does '
+                f'not divide the {len(self.devices)} device(s)'
+            )
 
     @property
+    def data(self) -> int:
+        """Size of the mesh's axis 'data'."""
+        return len(self.devices) // (self.fsdp * self.tensor)
+
+    @functools.cached_property
     def mesh(self) -> Mesh:
-        return Mesh(
-            np.asarray(self.devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,)
-        )
+        shape = (self.data, self.fsdp, self.tensor)
+        devices = np.asarray(self.devices).reshape(shape)
+        return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def check_batch_size(self, batch_size: int, key: str) -> None:
+    @property
+    def rows(self) -> NamedSharding:
+        """Of arrays whose first axis is the batch."""
+        return NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
+
+    def state_sharding(self, tree: Any) -> Any:
+        """Where each leaf of a state, or of variables, lies; see `RULES`."""
+
+        def sharding(path: Any, x: Any) -> NamedSharding:
+            name = jax.tree_util.keystr(path, simple=True, separator='/')
+            return self.leaf_sharding(name, x.shape)
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
+
+    def leaf_sharding(self, path: str, shape: Shape) -> NamedSharding:
+        """Where a parameter of that path ('block00/mlp/fc1/kernel') and shape lies."""
+        return NamedSharding(self.mesh, _spec(path, shape, self.mesh))
+
+    def check_batch_size(self, batch_size: int, key: str, accum_steps: int = 1) -> None:
         """Raises UserError unless the batch can be split over the devices."""
-        count = len(self.devices)
-        if batch_size <= 0 or batch_size % count:
-            below = batch_size // count * count
-            near = [str(n) for n in (below, below + count) if n > 0] or [str(count)]
+        shards = self.data * self.fsdp
+        unit = shards * accum_steps
+        if batch_size <= 0 or batch_size % unit:
+            below = batch_size // unit * unit
+            near = [str(n) for n in (below, below + unit) if n > 0] or [str(unit)]
+            over = f'{shards} device(s)'
+            if shards < len(self.devices):
+                over = f'{shards} groups of {self.tensor} devices'
+            if accum_steps > 1:
+                over += f' x {accum_steps} micro-batches'
             raise UserError(
-                f'{key} {batch_size} cannot be split over {count} device(s); '
+                f'{key} {batch_size} cannot be split over {over}; '
                 f'the nearest that can: {" or ".join(near)}'
             )
 
     def init(self, init: Callable[[], Any]) -> Any:
-        """Runs `init` so that its result lies on every device."""
-        return jax.jit(init, out_shardings=self.replicated)()
+        """Runs `init` so that each device makes its part of the result."""
+        shardings = self.state_sharding(jax.eval_shape(init))
+        return jax.jit(init, out_shardings=shardings)()
 
-    def train_step(self, step: Callable) -> Callable:
-        """Compiles (state, batch) -> (state, metrics); the old state is consumed."""
-        return self._compile(step, donate_argnums=0)
+    def train_step(self, step: Callable, state: Any) -> Callable:
+        """Compiles (state, batch) -> (state, metrics); the old state is consumed.
+
+        Args:
+          step: the pure function.
+          state: shapes of its state.
+        """
+        shardings = (self.state_sharding(state), self.replicated)
+        return self._compile(step, shardings, donate_argnums=0)
 
     def eval_step(self, step: Callable) -> Callable:
         """Compiles (variables, batch) -> metrics."""
-        return self._compile(step)
+        return self._compile(step, self.replicated)
 
-    def _compile(self, step: Callable, **kwargs: Any) -> Callable:
+    def _compile(self, step: Callable, out_shardings: Any, **kwargs: Any) -> Callable:
         if self.mode == 'jit':
-            return jax.jit(step, out_shardings=self.replicated, **kwargs)
+            mesh = self.mesh.abstract_mesh
+
+            @functools.wraps(step)
+            def on_mesh(*args: Any) -> Any:
+                with jax.sharding.use_abstract_mesh(mesh):
+                    return step(*args)
+
+            return jax.jit(on_mesh, out_shardings=out_shardings, **kwargs)
         return jax.pmap(
             step,
             axis_name=BATCH_AXIS,
@@ -88,9 +168,8 @@ class Parallel:
             here = jax.process_index()
             local = sum(device.process_index == here for device in self.devices)
             batch = {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
-        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXIS))
         return {
-            k: jax.make_array_from_process_local_data(sharding, v)
+            k: jax.make_array_from_process_local_data(self.rows, v)
             for k, v in batch.items()
         }
 
@@ -102,7 +181,70 @@ class Parallel:
             yield queue.popleft()
             queue.extend(map(self.put, itertools.islice(batches, 1)))
 
+    def describe(self, batch_size: int) -> str:
+        """The mesh and the arithmetic of the batch, for people."""
+        hosts = len({device.process_index for device in self.devices})
+        mesh = f'mesh of data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}'
+        micro_batch = batch_size // (self.data * self.fsdp * self.accum_steps)
+        return (
+            f'{hosts} host(s), {len(self.devices)} {self.devices[0].device_kind} '
+            f'device(s), {mesh if self.mode == "jit" else self.mode}\n'
+            f'batch of {batch_size} = {self.data * self.fsdp} device(s) x '
+            f'{self.accum_steps} micro-batch(es) x {micro_batch} images'
+        )
 
-def make_parallel(mode: str) -> Parallel:
-    """All devices there are, run as `mode` says."""
-    return Parallel(mode, tuple(jax.devices()))
+
+def make_parallel(
+    mode: str,
+    data: int | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    accum_steps: int = 1,
+) -> Parallel:
+    """All devices there are, run as the config's section `parallel` says.
+
+    Raises:
+      UserError: when the axes of the mesh do not make up the devices.
+    """
+    parallel = Parallel(mode, tuple(jax.devices()), fsdp, tensor, accum_steps)
+    if data not in (None, parallel.data):
+        raise UserError(
+            f'parallel.data x fsdp x tensor = {times((data, fsdp, tensor))} is not the '
+            f'{len(parallel.devices)} device(s); leave parallel.data out, or set it to '
+            f'{parallel.data}'
+        )
+    return parallel
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """What the leaves of a tree take on one device.
+
+    Args:
+      tree: of arrays, or of their shapes and dtypes.
+      shardings: of its leaves.
+    """
+    sizes = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+        tree,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def _spec(path: str, shape: Shape, mesh: Mesh) -> PartitionSpec:
+    if math.prod(shape) < MIN_SIZE:
+        return PartitionSpec()
+    rule = next((axes for pattern, axes in RULES if re.search(pattern, path)), ())
+    if len(rule) != len(shape):
+        rule = (None,) * len(shape)
+
+    def fits(axis: str | None, n: int) -> bool:
+        return axis is not None and mesh.shape[axis] > 1 and n % mesh.shape[axis] == 0
+
+    axes = [axis if fits(axis, n) else None for axis, n in zip(rule, shape)]
+    if 'fsdp' not in axes:
+        for i in np.argsort(shape)[::-1]:
+            if axes[i] is None and fits('fsdp', shape[i]):
+                axes[i] = 'fsdp'
+                break
+    return PartitionSpec(*axes)

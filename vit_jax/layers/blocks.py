@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.axes import keep_rows
 from vit_jax.errors import unknown
 from vit_jax.layers.mlp import MlpBlock
 from vit_jax.layers.norm import layer_norm
@@ -210,8 +211,8 @@ def _residual(
     norm = layer_norm(block.layer_norm_eps, dtype=block.dtype, name=f'norm{i}')
     drop_path = DropPath(block.drop_path_rate, name=f'drop_path{i}')
     if block.norm_first:
-        return x + scaled(norm(x))
-    return norm(x + scaled(x))
+        return keep_rows(x + scaled(norm(x)))
+    return keep_rows(norm(x + scaled(x)))
 
 
 def _mlp(block: EncoderBlock | DecoderBlock, train: bool) -> Callable[[Array], Array]:

@@ -1,13 +1,16 @@
 """Tasks: what a step computes.
 
-A task is a module with three pure functions, which `build` completes with model,
-optimizer and settings:
+A task is a module with four functions. `make_settings` reads what the task needs of a
+config; the others are pure, and `build` completes them with model, optimizer and
+settings:
 
+    make_settings(config reader, image data) -> settings
     init_state() -> TrainState
     train_step(state, batch) -> (state, metrics)
     eval_step(variables, batch) -> metrics
 
-The training loop knows no more than that.
+The training loop knows no more than that. A task that learns from another model has
+`load_teacher(settings, sharding) -> variables` too.
 """
 
 from typing import Any
@@ -15,13 +18,13 @@ from typing import Any
 from vit_jax.errors import unknown
 from vit_jax.forks import import_path
 
+TASKS = ('classify', 'distill')
+
 
 def get_task(name: str) -> Any:
     """The task of that name, or a fork's module, 'my_fork.my_task'."""
     if '.' in name:
         return import_path(name)
-    if name != 'classify':
-        raise unknown('task', name, ['classify'])
-    from vit_jax.tasks import classify
-
-    return classify
+    if name not in TASKS:
+        raise unknown('task', name, TASKS)
+    return import_path(f'vit_jax.tasks.{name}')

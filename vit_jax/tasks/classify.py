@@ -1,17 +1,26 @@
 """Image classification."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.axes import batch_mean, batch_sum
-from vit_jax.losses import softmax_cross_entropy
+from vit_jax.averaging import init_average
+from vit_jax.axes import batch_sum
+from vit_jax.config import ConfigReader
+from vit_jax.data.augment import BatchAugment
+from vit_jax.errors import unknown
+from vit_jax.image_data import ImageData
+from vit_jax.losses import cross_entropy, smooth_labels
 from vit_jax.metrics import classification_metrics
 from vit_jax.state import TrainState
 from vit_jax.typing import Array, Batch, Metrics, PRNGKey, Shape, Variables
+from vit_jax.update import Updates, accumulate, apply_gradients
+
+NAN_POLICIES = ('stop', 'skip')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,19 +28,44 @@ class Settings:
     """What a step needs beside model and optimizer.
 
     Attributes:
+      num_classes: V.
       mean, std: of the pixels, in [0, 1], one per channel or one for all.
-      label_smoothing: see `softmax_cross_entropy`.
+      label_smoothing: see `smooth_labels`.
+      augment: random erasing, mixup and cutmix.
+      updates: accumulation, averaging, what is done with steps that are not finite.
     """
 
+    num_classes: int
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     label_smoothing: float = 0.0
+    augment: BatchAugment = dataclasses.field(default_factory=BatchAugment)
+    updates: Updates = dataclasses.field(default_factory=Updates)
 
 
-def normalize(image: Array, settings: Settings) -> Array:
+def make_settings(c: ConfigReader, images: ImageData) -> Settings:
+    """The settings of a config.
+
+    Raises:
+      UserError: for values that make no sense.
+    """
+    if c.nan_policy not in NAN_POLICIES:
+        raise unknown('nan_policy', c.nan_policy, NAN_POLICIES)
+    skip = c.nan_policy == 'skip'
+    return Settings(
+        num_classes=len(images.dataset.class_names),
+        mean=images.mean,
+        std=images.std,
+        label_smoothing=c.optim.label_smoothing,
+        augment=images.augment,
+        updates=Updates(c.accum_steps, tuple(c.optim.freeze), c.optim.ema_decay, skip),
+    )
+
+
+def normalize(image: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
     """uint8 pixels `[B, h, w, c]` to float32, (x / 255 - mean) / std."""
-    mean, std = (jnp.asarray(v, jnp.float32) for v in (settings.mean, settings.std))
-    return (image.astype(jnp.float32) / 255.0 - mean) / std
+    shift, scale = (jnp.asarray(v, jnp.float32) for v in (mean, std))
+    return (image.astype(jnp.float32) / 255.0 - shift) / scale
 
 
 def init_state(
@@ -40,6 +74,7 @@ def init_state(
     tx: optax.GradientTransformation,
     rng: PRNGKey,
     image_shape: Shape,
+    settings: Settings,
 ) -> TrainState:
     """Fresh parameters and optimizer.
 
@@ -48,13 +83,38 @@ def init_state(
       tx: the optimizer.
       rng: key of the initialisation.
       image_shape: (height, width, channels).
+      settings: see `Settings`.
     """
     variables = model.init({'params': rng}, jnp.zeros((1, *image_shape)), train=False)
+    average = None
+    if settings.updates.ema_decay is not None:
+        average = init_average(variables)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
         opt_state=tx.init(variables['params']),
+        average=average,
     )
+
+
+def prepare(batch: Batch, rng: PRNGKey, settings: Settings) -> dict[str, Array]:
+    """Images as the model sees them, targets as the loss does.
+
+    Args:
+      batch: image `[B, h, w, c]` uint8, label `[B]` int32, weight `[B]` float32.
+      rng: of this step.
+      settings: see `Settings`.
+
+    Returns:
+      The batch with image float32, normalised and augmented, and target `[B, V]`,
+      smoothed and mixed.
+    """
+    images = normalize(batch['image'], settings.mean, settings.std)
+    target = smooth_labels(
+        batch['label'], settings.num_classes, settings.label_smoothing
+    )
+    images, target = settings.augment(rng, images, target, batch['weight'])
+    return {**batch, 'image': images, 'target': target}
 
 
 def train_step(
@@ -76,49 +136,44 @@ def train_step(
       settings: see `Settings`.
 
     Returns:
-      The state after the step, and the metrics of the batch.
+      The state after the step, and the metrics of the batch; the accuracy is that on
+      the images as they were augmented and mixed, against their own labels.
     """
-    images = normalize(batch['image'], settings)
-    label, weight = batch['label'], batch['weight']
-    rngs = {'dropout': jax.random.fold_in(rng, state.step)}
-    params = state.variables['params']
-    others = {k: v for k, v in state.variables.items() if k != 'params'}
-    total_weight = jnp.maximum(batch_sum(jnp.sum(weight)), 1.0)
+    augment_rng, model_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+    batch = prepare(batch, augment_rng, settings)
+    total_weight = jnp.maximum(batch_sum(jnp.sum(batch['weight'])), 1.0)
 
-    def loss_fn(params):
-        logits, updated = model.apply(
+    def loss_fn(params: Any, others: Variables, batch: Batch, rng: PRNGKey):
+        logits, others = model.apply(
             {'params': params, **others},
-            images,
+            batch['image'],
             train=True,
-            rngs=rngs,
+            rngs={'dropout': rng},
             mutable=list(others),
         )
-        losses = softmax_cross_entropy(logits, label, settings.label_smoothing)
-        return jnp.sum(losses * weight) / total_weight, (logits, losses, updated)
+        losses = cross_entropy(logits, batch['target'])
+        metrics = classification_metrics(
+            logits, batch['label'], batch['weight'], losses
+        )
+        return metrics['loss'][0] / total_weight, (metrics, others)
 
-    grads, (logits, losses, others) = jax.grad(loss_fn, has_aux=True)(params)
-    grads = batch_sum(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, params)
-    state = TrainState(
-        step=state.step + 1,
-        variables={
-            'params': optax.apply_updates(params, updates),
-            **batch_mean(others),
-        },
-        opt_state=opt_state,
+    grads, others, metrics = accumulate(
+        loss_fn, state.variables, batch, model_rng, settings.updates
     )
-    metrics = batch_sum(classification_metrics(logits, label, weight, losses))
-    metrics['grad_norm'] = (optax.tree.norm(grads), jnp.ones(()))
-    return state, metrics
+    return apply_gradients(
+        state, grads, others, metrics, tx=tx, updates=settings.updates
+    )
 
 
 def eval_step(
     variables: Variables, batch: Batch, *, model: nn.Module, settings: Settings
 ) -> Metrics:
     """The metrics of a batch; rows of weight 0 do not count. The loss is unsmoothed."""
-    images = normalize(batch['image'], settings)
+    images = normalize(batch['image'], settings.mean, settings.std)
     logits: Array = model.apply(variables, images, train=False)  # type: ignore
-    losses = softmax_cross_entropy(logits, batch['label'])
+    target = smooth_labels(batch['label'], settings.num_classes)
     return batch_sum(
-        classification_metrics(logits, batch['label'], batch['weight'], losses)
+        classification_metrics(
+            logits, batch['label'], batch['weight'], cross_entropy(logits, target)
+        )
     )

@@ -2,17 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from vit_jax.axes import batch_sum
-from vit_jax.state import TrainState
-from vit_jax.tasks.classify import init_state, normalize
+from vit_jax.tasks.classify import init_state, make_settings, normalize
+from vit_jax.update import accumulate, apply_gradients
 
-__all__ = ['eval_step', 'init_state', 'train_step']
+__all__ = ['eval_step', 'init_state', 'make_settings', 'train_step']
 
 
 def _errors(params, batch, model, settings):
-    logits = model.apply({'params': params}, normalize(batch['image'], settings))
+    images = normalize(batch['image'], settings.mean, settings.std)
+    logits = model.apply({'params': params}, images)
     target = jax.nn.one_hot(batch['label'], logits.shape[-1])
     return jnp.sum((logits - target) ** 2, axis=-1), logits
 
@@ -20,27 +20,28 @@ def _errors(params, batch, model, settings):
 def _metrics(errors, logits, batch):
     hits = jnp.argmax(logits, axis=-1) == batch['label']
     total = batch['weight'].sum()
-    return batch_sum(
-        {
-            'loss': (jnp.sum(errors * batch['weight']), total),
-            'accuracy': (jnp.sum(hits * batch['weight']), total),
-        }
-    )
+    return {
+        'loss': (jnp.sum(errors * batch['weight']), total),
+        'accuracy': (jnp.sum(hits * batch['weight']), total),
+    }
 
 
 def train_step(state, batch, *, model, tx, rng, settings):
-    def loss_fn(params):
-        errors, logits = _errors(params, batch, model, settings)
-        return errors.sum() / batch_sum(batch['weight'].sum()), (errors, logits)
+    total_weight = batch_sum(batch['weight'].sum())
 
-    params = state.variables['params']
-    grads, (errors, logits) = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = tx.update(batch_sum(grads), state.opt_state, params)
-    variables = {'params': optax.apply_updates(params, updates)}
-    state = TrainState(state.step + 1, variables, opt_state)
-    return state, _metrics(errors, logits, batch)
+    def loss_fn(params, others, batch, rng):
+        errors, logits = _errors(params, batch, model, settings)
+        metrics = _metrics(errors, logits, batch)
+        return metrics['loss'][0] / total_weight, (metrics, others)
+
+    grads, others, metrics = accumulate(
+        loss_fn, state.variables, batch, rng, settings.updates
+    )
+    return apply_gradients(
+        state, grads, others, metrics, tx=tx, updates=settings.updates
+    )
 
 
 def eval_step(variables, batch, *, model, settings):
     errors, logits = _errors(variables['params'], batch, model, settings)
-    return _metrics(errors, logits, batch)
+    return batch_sum(_metrics(errors, logits, batch))
