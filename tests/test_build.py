@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import vit_jax.build
+import vit_jax.image_data
 from vit_jax.build import build
 from vit_jax.config import default_config, flatten, from_dict
 from vit_jax.data.datasets import Dataset
@@ -149,7 +150,9 @@ def test_pixels_are_normalized():
     mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     expected = (np.array([0.0, 0.2, 1.0])[:, None] - mean) / std
     np.testing.assert_allclose(
-        classify.normalize(image, settings)[0, 0], expected, rtol=1e-5
+        classify.normalize(image, settings.mean, settings.std)[0, 0],
+        expected,
+        rtol=1e-5,
     )
     assert run.eval_step.keywords['settings'] == settings
     assert run.metadata['preprocessing']['mean'] == [0.485, 0.456, 0.406]
@@ -159,7 +162,8 @@ def test_pixels_are_normalized():
 def test_half_maps_pixels_to_minus_one_and_one():
     settings = build(make_config()).train_step.keywords['settings']
     image = np.array([0, 255], np.uint8).reshape(1, 1, 2, 1)
-    assert classify.normalize(image, settings).ravel().tolist() == [-1.0, 1.0]
+    pixels = classify.normalize(image, settings.mean, settings.std)
+    assert pixels.ravel().tolist() == [-1.0, 1.0]
 
 
 def test_data_of_a_run():
@@ -197,6 +201,7 @@ def fork(monkeypatch):
     module.net = partial(CNN, kernel_size=1)
     monkeypatch.setitem(sys.modules, 'build_fork.things', module)
     task = types.ModuleType('build_fork.task')
+    task.make_settings = classify.make_settings
     task.init_state = classify.init_state
     task.train_step = classify.train_step
     task.eval_step = lambda variables, batch, **_: {'loss': (0.0, 1.0)}
@@ -216,7 +221,7 @@ def unread(monkeypatch):
 
     monkeypatch.setattr(vit_jax.build, 'check_unread', record)
     for name in ('train_batches', 'eval_batches', 'subsample'):
-        monkeypatch.setattr(vit_jax.build, name, tell)
+        monkeypatch.setattr(vit_jax.image_data, name, tell)
     return keys
 
 
@@ -240,12 +245,18 @@ def fingerprint(run):
         'init': trace(run.init),
         'load': run.load and (run.load.args[::2], run.load.keywords['new_head']),
         'train_step': trace(run.train_step, run.state_shape, run.batch_shape),
+        'train_steps': run.train_steps is not run.train_step,
+        'feed': run.feed.func.__name__,
         'eval_step': trace(run.eval_step, variables, run.batch_shape),
         'train_data': repr(run.train_data(3)),
         'eval_data': repr(run.eval_data()),
         'schedule': [float(run.schedule(step)) for step in range(run.num_steps)],
         'dataset': (run.dataset.name, run.dataset.location),
-        'parallel': run.parallel.mode,
+        'parallel': (
+            run.parallel.mode,
+            run.parallel.mesh.shape,
+            run.parallel.accum_steps,
+        ),
         'metadata': {k: v for k, v in run.metadata.items() if k != 'config'},
         **{name: getattr(run, name) for name in NUMBERS},
     }
@@ -254,13 +265,16 @@ def fingerprint(run):
 NUMBERS = (
     'num_steps',
     'batch_size',
-    'eval_every_steps',
-    'checkpoint_every_steps',
-    'checkpoint_keep',
-    'log_every_steps',
+    'periods',
+    'keep',
+    'keep_best',
+    'average',
     'tensorboard',
+    'wandb',
 )
 COMPUTED = 'init train_step eval_step'
+VIT = {'model.kwargs': {'width': 8, 'depth': 2, 'mlp_dim': 12, 'num_heads': 2}}
+MIXING = {'augment.mix_mode', 'augment.mix_prob', 'augment.mix_switch_prob'}
 
 # Key -> another value, and what of the run becomes another with it; at times after
 # values for other keys.
@@ -284,11 +298,27 @@ OTHERS = {
     'dataset.eval_crop': (0.5, 'eval_data metadata'),
     'dataset.interpolation': ('bilinear', 'train_data eval_data metadata'),
     'dataset.num_workers': (2, 'train_data eval_data'),
+    'dataset.placement': ('device', 'feed periods train_steps'),
+    'dataset.skip_corrupt': (True, 'train_data eval_data'),
+    'dataset.timeout_seconds': (7, 'train_data eval_data'),
     'augment.crop': ('pad', 'train_data'),
     'augment.pad': (2, 'train_data', {'augment.crop': 'pad'}),
     'augment.min_scale': (0.3, 'train_data', {'augment.crop': 'resized'}),
     'augment.flip': (True, 'train_data'),
+    'augment.randaugment': ('plain-n2-m9', 'train_data'),
+    'augment.erasing': (0.25, 'train_step'),
+    'augment.mixup': (0.8, 'train_step'),
+    'augment.cutmix': (1.0, 'train_step'),
+    'augment.mix_mode': ('elem', 'train_step', {'augment.mixup': 0.8}),
+    'augment.mix_prob': (0.5, 'train_step', {'augment.mixup': 0.8}),
+    'augment.mix_switch_prob': (
+        0.3,
+        'train_step',
+        {'augment.mixup': 0.8, 'augment.cutmix': 1.0},
+    ),
+    'augment.repeats': (3, 'train_data'),
     'batch_size': (16, 'train_step eval_step train_data eval_data batch_size'),
+    'accum_steps': (2, 'train_step parallel', {'batch_size': 16}),
     'num_steps': (5, 'train_step schedule num_steps'),
     'num_epochs': (
         2.0,
@@ -301,14 +331,31 @@ OTHERS = {
     'optim.clip_norm': (1.0, 'train_step'),
     'optim.schedule': ('constant', 'train_step schedule'),
     'optim.warmup_steps': (2, 'train_step schedule'),
+    'optim.cooldown_steps': (2, 'train_step schedule', {'optim.schedule': 'constant'}),
     'optim.label_smoothing': (0.1, 'train_step'),
+    'optim.b1': (0.8, 'train_step'),
+    'optim.b2': (0.99, 'train_step'),
+    'optim.layer_decay': (0.5, 'train_step', {'model.name': 'ViT-Ti/2', **VIT}),
+    'optim.rules': ((('head', 0.1, 1.0),), 'train_step'),
+    'optim.freeze': (('head',), 'init train_step'),
+    'optim.ema_decay': (0.9, 'init train_step'),
     'dtype': ('bfloat16', f'{COMPUTED} metadata'),
     'parallel.mode': ('pmap', 'parallel'),
-    'eval.every_steps': (7, 'eval_every_steps'),
+    'parallel.data': (8, ''),  # what it would be anyway, or an error
+    'parallel.fsdp': (2, 'parallel'),
+    'parallel.tensor': (2, 'parallel'),
+    'parallel.remat': ('full', COMPUTED, {'model.name': 'ViT-Ti/2', **VIT}),
+    'parallel.heartbeat_seconds': (7, ''),  # is for who starts the processes
+    'eval.every_steps': (7, 'periods'),
     'eval.batch_size': (24, 'eval_data'),
-    'checkpoint.every_steps': (7, 'checkpoint_every_steps'),
-    'checkpoint.keep': (3, 'checkpoint_keep'),
-    'log.every_steps': (7, 'log_every_steps'),
+    'checkpoint.every_steps': (7, 'periods'),
+    'checkpoint.keep': (3, 'keep'),
+    'checkpoint.keep_best': ('accuracy', 'keep_best'),
+    'checkpoint.average': (2, 'average'),
+    'log.every_steps': (7, 'periods'),
+    'log.wandb': ('project', 'wandb'),
+    'log.profile_steps': ('2:3', 'periods'),
+    'nan_policy': ('skip', 'train_step'),
     'log.tensorboard': (False, 'tensorboard'),
 }
 
@@ -333,12 +380,21 @@ def test_every_key_counts(key, fork, unread):
 @pytest.mark.parametrize(
     ('values', 'left'),
     [
-        ({}, {'augment.pad', 'augment.min_scale', 'init.new_head'}),
-        ({'augment.crop': 'pad'}, {'augment.min_scale', 'init.new_head'}),
-        ({'augment.crop': 'resized'}, {'augment.pad', 'init.new_head'}),
+        ({}, {'augment.pad', 'augment.min_scale', 'init.new_head', *MIXING}),
+        ({'augment.crop': 'pad'}, {'augment.min_scale', 'init.new_head', *MIXING}),
+        ({'augment.crop': 'resized'}, {'augment.pad', 'init.new_head', *MIXING}),
+        (
+            {'augment.mixup': 0.8},
+            {
+                'augment.pad',
+                'augment.min_scale',
+                'init.new_head',
+                'augment.mix_switch_prob',
+            },
+        ),
         (
             {'optim.name': 'sgd', 'augment.crop': 'pad', 'init.weights': '/there'},
-            {'augment.min_scale'},
+            {'augment.min_scale', *MIXING},
         ),
     ],
 )

@@ -10,12 +10,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
-    'typing config errors axes forks',
-    'layers data losses metrics writer optim state',
-    'models checkpoint workdir pretrained parallel decode',
-    'tasks',
+    'typing config errors axes forks hardware cluster',
+    'layers data losses metrics averaging writer param_groups optim state',
+    'models checkpoint workdir pretrained modules parallel image_data decode',
+    'update tasks feed',
     'build',
-    'train evaluate export benchmark maps pictures report summary sweep',
+    'train evaluate export benchmark maps pictures report summary sweep interrupt '
+    'telemetry topology probes processes',
     'commands',
     'main',
 )

@@ -5,43 +5,64 @@ All that trains, evaluates or looks at an experiment takes a `Run`.
 
 import dataclasses
 import json
-import os
-import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import grain
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from vit_jax.config import ConfigReader, check_ranges, check_unread
-from vit_jax.data.datasets import Dataset, load_dataset, pick_eval_split, subsample
-from vit_jax.data.input_pipeline import Shard, eval_batches, train_batches
-from vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, TrainTransform
-from vit_jax.errors import UserError, unknown
-from vit_jax.models import build_model
+from vit_jax.data.datasets import Dataset
+from vit_jax.data.resident import scan_steps
+from vit_jax.data.watch import Watch
+from vit_jax.errors import UserError
+from vit_jax.feed import feed_from_device, feed_from_host
+from vit_jax.image_data import count_steps, make_image_data
+from vit_jax.modules import make_model
 from vit_jax.optim import make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
 from vit_jax.pretrained import Report, load_variables
-from vit_jax.pretrained.metadata import check_runs_no_code
 from vit_jax.pretrained.published import model_facts
-from vit_jax.pretrained.zoo import HALF, IMAGENET
 from vit_jax.state import TrainState
 from vit_jax.tasks import get_task
-from vit_jax.tasks.classify import Settings
-from vit_jax.typing import Batch, Metrics, PRNGKey, Variables
+from vit_jax.typing import Batch, Metrics, PRNGKey, Shape, Variables
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
-# Mean and standard deviation of the pixels, in [0, 1].
-NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    'half': HALF,
-    'imagenet': IMAGENET,
-}
+@dataclasses.dataclass(frozen=True)
+class Periods:
+    """How often things happen, in steps.
+
+    Attributes:
+      log, evaluate, save: periods.
+      call: steps that one call of the compiled step makes; None for all until
+        something else happens.
+      profile: first and last step of the trace, or None.
+    """
+
+    log: int
+    evaluate: int
+    save: int
+    call: int | None = 1
+    profile: tuple[int, int] | None = None
+
+    def calls(self, start: int, num_steps: int) -> Iterator[int]:
+        """The step after each call of the compiled step.
+
+        >>> list(Periods(log=3, evaluate=4, save=100, call=None).calls(1, 10))
+        [3, 4, 6, 8, 9, 10]
+        """
+        periods = (self.log, self.evaluate, self.save, *filter(None, [self.call]))
+        first, last = self.profile or (1, 0)
+        step = start
+        while step < num_steps:
+            events = [num_steps, *((step // n + 1) * n for n in periods)]
+            events += [n for n in (first - 1, last) if n > step]
+            step = min(events)
+            yield step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +75,26 @@ class Run:
       init: () -> TrainState; pure.
       load: sharding= -> (variables, report), the weights that the run starts from; or
         None, where it starts from `init` alone.
+      load_teacher: sharding= -> variables of the model that is learned from, or None.
       train_step: (state, batch) -> (state, metrics); pure.
+      train_steps: (state, feed) -> (state, metrics): what is compiled, which makes one
+        step, or several where the data is on the device.
       eval_step: (variables, batch) -> metrics; pure.
       train_data: examples seen before -> endless host batches, this process's rows.
+      feed: (steps made, examples seen before) -> what `train_steps` is given.
       eval_data: () -> host batches, every example of the split once.
+      probe_data: the same of the examples to train on, not augmented.
       schedule: step -> learning rate.
       parallel: how steps run on the devices.
       state_shape: shapes and dtypes of the TrainState.
       batch_shape: shapes and dtypes of a global batch.
       num_steps: updates in all.
       batch_size: images per step, over all devices.
-      eval_every_steps, checkpoint_every_steps, log_every_steps: periods.
-      checkpoint_keep: how many of the newest checkpoints are kept.
-      tensorboard: whether metrics go to TensorBoard events too.
+      periods: how often there is a log line, an evaluation, a checkpoint.
+      keep, keep_best, average: newest checkpoints that are kept; the metric by which
+        the best is, or None; how many are averaged at the end, 0 for none.
+      tensorboard, wandb: whether metrics go to TensorBoard events too; the project of
+        Weights & Biases that they go to, or None.
       metadata: what a checkpoint says of itself: model, classes, preprocessing and
         the resolved config; JSON.
     """
@@ -75,21 +103,26 @@ class Run:
     dataset: Dataset
     init: Callable[[], TrainState]
     load: Callable[..., tuple[Variables, Report]] | None
+    load_teacher: Callable[..., Variables] | None
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    train_steps: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     eval_step: Callable[[Variables, Batch], Metrics]
-    train_data: Callable[[int], grain.DatasetIterator]
-    eval_data: Callable[[], grain.DatasetIterator]
+    train_data: Callable[[int], Watch]
+    feed: Callable[[int, int], Generator[Batch]]
+    eval_data: Callable[[], Watch]
+    probe_data: Callable[[], Watch]
     schedule: optax.Schedule
     parallel: Parallel
     state_shape: TrainState
     batch_shape: dict[str, jax.ShapeDtypeStruct]
     num_steps: int
     batch_size: int
-    eval_every_steps: int
-    checkpoint_every_steps: int
-    checkpoint_keep: int
-    log_every_steps: int
+    periods: Periods
+    keep: int
+    keep_best: str | None
+    average: int
     tensorboard: bool
+    wandb: str | None
     metadata: dict[str, Any]
 
 
@@ -108,118 +141,108 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
     c = ConfigReader(config)
     check_ranges(config)
     _check_json(config)
-    parallel = make_parallel(c.parallel.mode)
-    batch_size = c.batch_size
-    parallel.check_batch_size(batch_size, 'config.batch_size')
-
-    dataset = load_dataset(c.dataset.name, c.dataset.data_dir)
-    image_size = _image_size(c, dataset)
-    image_shape = (*image_size, dataset.image_shape[2])
-    train_data = _train_data(c, dataset, image_shape)
-    eval_data = _eval_data(c, dataset, image_shape, parallel)
-    num_steps = _num_steps(c, dataset)
-
-    model = make_model(c.model.name, len(dataset.class_names), c.dtype, c.model.kwargs)
-    schedule = make_schedule(
-        c.optim.schedule, c.optim.learning_rate, num_steps, c.optim.warmup_steps
+    mesh = (c.parallel.data, c.parallel.fsdp, c.parallel.tensor)
+    parallel = make_parallel(c.parallel.mode, *mesh, c.accum_steps)
+    parallel.check_batch_size(c.batch_size, 'config.batch_size', c.accum_steps)
+    images = make_image_data(c, parallel)
+    num_classes = len(images.dataset.class_names)
+    model = make_model(
+        c.model.name, num_classes, c.dtype, c.model.kwargs, c.parallel.remat
     )
-    tx = make_optimizer(c.optim.name, schedule, c.optim.weight_decay, c.optim.clip_norm)
+    init_rng, step_rng = jax.random.split(jax.random.key(c.seed))
+    num_steps = count_steps(c, images.dataset)
+    schedule = make_schedule(
+        c.optim.schedule,
+        c.optim.learning_rate,
+        num_steps,
+        c.optim.warmup_steps,
+        c.optim.cooldown_steps,
+    )
+    tx = make_optimizer(
+        c.optim.name,
+        schedule,
+        weight_decay=c.optim.weight_decay,
+        clip_norm=c.optim.clip_norm,
+        b1=c.optim.b1,
+        b2=c.optim.b2,
+        layer_decay=c.optim.layer_decay,
+        rules=c.optim.rules,
+        freeze=c.optim.freeze,
+        params=_param_shapes(c, model, images.image_shape),
+    )
 
     task = get_task(c.task)
-    mean, std = _normalization(c, dataset)
-    settings = Settings(mean, std, c.optim.label_smoothing)
-    init_rng, step_rng = jax.random.split(jax.random.key(c.seed))
+    settings = task.make_settings(c, images)
     init = partial(
-        task.init_state, model=model, tx=tx, rng=init_rng, image_shape=image_shape
+        task.init_state,
+        model=model,
+        tx=tx,
+        rng=init_rng,
+        image_shape=images.image_shape,
+        settings=settings,
     )
     train_step = partial(
         task.train_step, model=model, tx=tx, rng=step_rng, settings=settings
     )
     eval_step = partial(task.eval_step, model=model, settings=settings)
+    periods = _periods(c)
+    train_steps: Callable = train_step
+    feed: Callable
+    if images.make_batch is None:
+        feed = partial(feed_from_host, train_data=images.train_data, parallel=parallel)
+    else:
+        train_steps = scan_steps(train_step, images.make_batch, parallel.rows)
+        feed = partial(
+            feed_from_device,
+            load=images.load,
+            make_batch=images.make_batch,
+            calls=partial(periods.calls, num_steps=num_steps),
+            parallel=parallel,
+        )
+    load_teacher = None
+    if hasattr(task, 'load_teacher'):
+        load_teacher = partial(task.load_teacher, settings=settings)
 
     run = Run(
         model=model,
-        dataset=dataset,
+        dataset=images.dataset,
         init=init,
-        load=_load(c, model, image_shape, init_rng),
+        load=_load(c, model, images.image_shape, init_rng),
+        load_teacher=load_teacher,
         train_step=train_step,
+        train_steps=train_steps,
         eval_step=eval_step,
-        train_data=train_data,
-        eval_data=eval_data,
+        train_data=images.train_data,
+        feed=feed,
+        eval_data=images.eval_data,
+        probe_data=images.probe_data,
         schedule=schedule,
         parallel=parallel,
         state_shape=jax.eval_shape(init),  # a model that does not fit fails here
-        batch_shape={
-            'image': jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
-            'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-            'weight': jax.ShapeDtypeStruct((batch_size,), jnp.float32),
-        },
+        batch_shape=images.batch_shape,
         num_steps=num_steps,
-        batch_size=batch_size,
-        eval_every_steps=c.eval.every_steps,
-        checkpoint_every_steps=c.checkpoint.every_steps,
-        checkpoint_keep=c.checkpoint.keep,
-        log_every_steps=c.log.every_steps,
+        batch_size=c.batch_size,
+        periods=periods,
+        keep=c.checkpoint.keep,
+        keep_best=c.checkpoint.keep_best,
+        average=c.checkpoint.average,
         tensorboard=c.log.tensorboard,
+        wandb=c.log.wandb,
         metadata={
             'model': {
                 'name': c.model.name,
                 'kwargs': c.model.kwargs,
-                'num_classes': len(dataset.class_names),
+                'num_classes': num_classes,
                 'dtype': c.dtype,
-                **model_facts(model, image_size),
+                **model_facts(model, images.image_shape[:2]),
             },
-            'dataset': dataset.name,
-            'eval_split': c.dataset.eval_split or pick_eval_split(dataset),
-            'class_names': list(dataset.class_names),
-            'num_train_examples': dataset.splits.get(c.dataset.train_split),
-            'preprocessing': {
-                'image_size': list(image_size),
-                'channels': image_shape[2],
-                'mean': list(mean),
-                'std': list(std),
-                'crop_fraction': c.dataset.eval_crop,
-                'interpolation': c.dataset.interpolation,
-            },
+            **images.facts,
             'config': config.copy_and_resolve_references().to_dict(),
         },
     )
+    _check_checkpoints(run)
     check_unread(config, c.unread(), named)
     return run
-
-
-def make_model(
-    name: str, num_classes: int, dtype: str, kwargs: dict[str, Any]
-) -> nn.Module:
-    """The model of a config's values.
-
-    Raises:
-      UserError: for an unknown name, dtype or field.
-    """
-    if dtype not in DTYPES:
-        raise unknown('dtype', dtype, DTYPES)
-    for key in ('name', 'num_classes', 'dtype'):
-        if key in kwargs:
-            raise UserError(f'model.kwargs.{key} is not for the config to set')
-    return build_model(name, num_classes, dtype=DTYPES[dtype], **kwargs)
-
-
-def make_stored_model(about: Mapping[str, Any], path: str | os.PathLike) -> nn.Module:
-    """The model that weights say they are of.
-
-    Args:
-      about: the section 'model' of their metadata.
-      path: of the weights.
-
-    Raises:
-      UserError: for a model that cannot be made; and for one that is code of a fork,
-        unless `path` is the workdir of a run.
-    """
-    if not (pathlib.Path(path) / 'checkpoints').is_dir():
-        check_runs_no_code(about, os.fspath(path))
-    return make_model(
-        about['name'], about['num_classes'], about['dtype'], dict(about['kwargs'])
-    )
 
 
 def _check_json(config: ConfigDict) -> None:
@@ -233,121 +256,52 @@ def _check_json(config: ConfigDict) -> None:
         ) from error
 
 
-def _image_size(c: ConfigReader, dataset: Dataset) -> tuple[int, int]:
-    """(height, width): the config's, or that of the dataset's images."""
-    height, width, _ = dataset.image_shape
-    size = c.dataset.image_size
-    if size is not None:
-        if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-            raise UserError(f'dataset.image_size must be (height, width), not {size}')
-        return tuple(size)
-    if height is None or width is None:
+def _param_shapes(c: ConfigReader, model: nn.Module, image_shape: Shape) -> Any:
+    """Shapes of the parameters, where the optimizer tells them apart; else None."""
+    if not (c.optim.rules or c.optim.freeze) and c.optim.layer_decay == 1.0:
+        return None
+    image = jnp.zeros((1, *image_shape))
+    init = partial(model.init, train=False)
+    return jax.eval_shape(init, {'params': jax.random.key(0)}, image)['params']
+
+
+def _periods(c: ConfigReader) -> Periods:
+    # Read by `cluster.join`, before there are devices: a key of every run.
+    _ = c.parallel.heartbeat_seconds
+    return Periods(
+        log=c.log.every_steps,
+        evaluate=c.eval.every_steps,
+        save=c.checkpoint.every_steps,
+        call=1 if c.dataset.placement == 'host' else None,
+        profile=_profile_steps(c.log.profile_steps),
+    )
+
+
+def _profile_steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(':')
+    if not (colon and first.isdecimal() and last.isdecimal()) or not (
+        1 <= int(first) <= int(last)
+    ):
         raise UserError(
-            f'the images of {dataset.name!r} differ in size; set dataset.image_size, '
-            'such as (224, 224)'
+            f"log.profile_steps is 'first:last', such as '10:15', not {text!r}"
         )
-    return height, width
+    return int(first), int(last)
 
 
-def _train_data(
-    c: ConfigReader, dataset: Dataset, image_shape: tuple[int, int, int]
-) -> Callable[[int], grain.DatasetIterator]:
-    crop = c.augment.crop
-    transform = TrainTransform(
-        size=image_shape[:2],
-        channels=image_shape[2],
-        crop=crop,
-        interpolation=_interpolation(c),
-        flip=c.augment.flip,
-        # Read only where they count, so that setting them elsewhere is an error.
-        **({'pad': c.augment.pad} if crop == 'pad' else {}),
-        **({'min_scale': c.augment.min_scale} if crop == 'resized' else {}),
-    )
-    split, fraction, seed = c.dataset.train_split, c.dataset.train_fraction, c.seed
-    _check_split(dataset, split)
-    batches = partial(
-        train_batches,
-        transform=transform,
-        batch_size=c.batch_size,
-        seed=seed,
-        shard=Shard(jax.process_index(), jax.process_count()),
-        num_workers=c.dataset.num_workers,
-    )
-    return lambda start: batches(
-        subsample(dataset.open(split), fraction, seed), start=start
-    )
-
-
-def _eval_data(
-    c: ConfigReader,
-    dataset: Dataset,
-    image_shape: tuple[int, int, int],
-    parallel: Parallel,
-) -> Callable[[], grain.DatasetIterator]:
-    batch_size = c.eval.batch_size
-    if batch_size is None:
-        batch_size = c.batch_size
-    parallel.check_batch_size(batch_size, 'config.eval.batch_size')
-    split = c.dataset.eval_split or pick_eval_split(dataset)
-    _check_split(dataset, split)
-    batches = partial(
-        eval_batches,
-        transform=EvalTransform(
-            image_shape[:2], image_shape[2], c.dataset.eval_crop, _interpolation(c)
-        ),
-        batch_size=batch_size,
-        shard=Shard(jax.process_index(), jax.process_count()),
-        num_workers=c.dataset.num_workers,
-    )
-    return lambda: batches(dataset.open(split))
-
-
-def _check_split(dataset: Dataset, split: str) -> None:
-    """Raises UserError now, not when the split is first opened, after many steps."""
-    name = split.partition('[')[0]  # TFDS knows 'test[:10%]' too
-    if dataset.splits and name not in dataset.splits and '+' not in name:
-        raise unknown(f'split of {dataset.name}', split, dataset.splits)
-    if dataset.splits.get(split) == 0:
-        raise UserError(f'split {split!r} of {dataset.name!r} has no examples')
-
-
-def _num_steps(c: ConfigReader, dataset: Dataset) -> int:
-    """Updates in all, from one of num_steps and num_epochs."""
-    num_steps, num_epochs = c.num_steps, c.num_epochs
-    if (num_steps is None) == (num_epochs is None):
-        raise UserError('set one of config.num_steps and config.num_epochs, not both')
-    if num_steps is None:
-        if c.dataset.train_split not in dataset.splits:
-            raise UserError(
-                f'the size of {dataset.name!r} split {c.dataset.train_split!r} is not '
-                'known here; set config.num_steps instead of num_epochs'
-            )
-        examples = num_epochs * dataset.splits[c.dataset.train_split]
-        num_steps = round(examples / c.batch_size)
-    if num_steps <= 0:
-        raise UserError(f'the run has {num_steps} steps; it needs at least one')
-    return num_steps
-
-
-def _normalization(
-    c: ConfigReader, dataset: Dataset
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    name, channels = c.dataset.normalize, dataset.image_shape[2]
-    if name not in NORMALIZATIONS:
-        raise unknown('dataset.normalize', name, NORMALIZATIONS)
-    mean, std = NORMALIZATIONS[name]
-    if len(mean) not in (1, channels):
+def _check_checkpoints(run: Run) -> None:
+    if run.keep_best is not None and run.periods.save % run.periods.evaluate:
         raise UserError(
-            f'dataset.normalize={name!r} is for images of {len(mean)} channels, '
-            f'{dataset.name!r} has {channels}'
+            f'checkpoint.keep_best needs an evaluation at each checkpoint: '
+            f'checkpoint.every_steps {run.periods.save} must be a multiple of '
+            f'eval.every_steps {run.periods.evaluate}'
         )
-    return mean, std
-
-
-def _interpolation(c: ConfigReader) -> str:
-    if c.dataset.interpolation not in INTERPOLATIONS:
-        raise unknown('dataset.interpolation', c.dataset.interpolation, INTERPOLATIONS)
-    return c.dataset.interpolation
+    if run.average > run.keep:
+        raise UserError(
+            f'checkpoint.average {run.average} needs as many checkpoints; '
+            f'checkpoint.keep is {run.keep}'
+        )
 
 
 def _load(

@@ -23,7 +23,7 @@ def default_config(task: str = 'classify') -> ConfigDict:
     """Every key with its default.
 
     Args:
-      task: 'classify', or a fork's module, 'my_fork.my_task'.
+      task: 'classify', 'distill', or a fork's module, 'my_fork.my_task'.
     """
     config = ConfigDict()
     config.seed = 0  # of parameters, data order, augmentation, dropout
@@ -51,32 +51,65 @@ def default_config(task: str = 'classify') -> ConfigDict:
     config.dataset.eval_crop = 1.0  # central part evaluated, side / largest that fits
     config.dataset.interpolation = 'bicubic'  # of images that are resized; 'bilinear'
     config.dataset.num_workers = 0  # processes that decode; 0: threads of this one
+    # 'host': examples are read, decoded and augmented as training goes. 'device': all
+    # of them lie decoded in the accelerators' memory, for datasets that fit there.
+    config.dataset.placement = 'host'
+    config.dataset.skip_corrupt = False  # images that cannot be read: rows of weight 0
+    config.dataset.timeout_seconds = 300  # without a batch, after which that is told
 
     config.augment = ConfigDict()
     config.augment.crop = 'none'  # or 'pad' (random shift), 'resized' (random box)
     config.augment.pad = 4  # pixels, for crop='pad'
     config.augment.min_scale = 0.08  # smallest share of the area, for 'resized'
     config.augment.flip = False  # mirror half of the images
+    # 'rand-m9-mstd0.5-inc1': timm's, as in DeiT; 'plain-n2-m9': the paper's.
+    config.augment.randaugment = config_dict.placeholder(str)
+    config.augment.erasing = 0.0  # probability that a box becomes noise
+    config.augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off
+    config.augment.cutmix = 0.0  # alpha; where both are on, one of them is drawn
+    config.augment.mix_mode = 'batch'  # what shares a draw; or 'pair', 'elem'
+    config.augment.mix_prob = 1.0  # that images are mixed at all
+    config.augment.mix_switch_prob = 0.5  # of cutmix, where both are on
+    config.augment.repeats = 1  # of every image in a batch, augmented differently
 
     config.batch_size = 128  # images per step, over all devices of all hosts
+    config.accum_steps = 1  # micro-batches of a batch, one after the other: less memory
     # Exactly one of the two. An epoch is the whole training split, also where
     # train_fraction is below 1: the number of images seen stays the same.
     config.num_steps = config_dict.placeholder(int)
     config.num_epochs = config_dict.placeholder(float)
 
     config.optim = ConfigDict()
-    config.optim.name = 'adamw'  # or 'sgd' (Nesterov momentum 0.9)
+    config.optim.name = 'adamw'  # or 'sgd' (Nesterov), 'lamb', 'adafactor'
     config.optim.learning_rate = 1e-3  # at its highest, for the batch size as it is
     config.optim.weight_decay = 0.05  # of kernels; times the learning rate
+    config.optim.b1 = 0.9  # decay of the mean of gradients; momentum of 'sgd'
+    config.optim.b2 = 0.999  # decay of the mean of their squares
     config.optim.clip_norm = config_dict.placeholder(float)  # of the whole gradient
-    config.optim.schedule = 'cosine'  # to 0; or 'constant'
+    config.optim.schedule = 'cosine'  # to 0; or 'linear' (to 0), 'rsqrt', 'constant'
     config.optim.warmup_steps = 0  # linear from 0
+    config.optim.cooldown_steps = 0  # linear to 0, at the end of the run
     config.optim.label_smoothing = 0.0
+    config.optim.layer_decay = 1.0  # of the learning rate, per layer below the head
+    # (pattern, factor of the learning rate, of the weight decay) for parameters whose
+    # path the regular expression is found in, such as (('posemb', 0.1, 1.0),).
+    config.optim.rules = ()
+    config.optim.freeze = ()  # patterns; '(?!head/)' leaves the head alone trained
+    config.optim.ema_decay = config_dict.placeholder(float)  # of averaged parameters
 
     config.dtype = 'float32'  # of the computation, or 'bfloat16'; parameters: float32
 
     config.parallel = ConfigDict()
     config.parallel.mode = 'jit'  # over a mesh of all devices, or 'pmap'
+    # The mesh: rows of the batch are split over data x fsdp devices; parameters and
+    # optimizer over fsdp; heads and hidden units over tensor.
+    config.parallel.data = config_dict.placeholder(int)  # None: all that are left
+    config.parallel.fsdp = 1
+    config.parallel.tensor = 1
+    # What the backward pass computes again: 'none', 'dots' (all but matrix products),
+    # 'full' (all inside a block).
+    config.parallel.remat = 'none'
+    config.parallel.heartbeat_seconds = 100  # of silence until a process counts as dead
 
     config.eval = ConfigDict()
     config.eval.every_steps = 1000  # and after the last step
@@ -85,10 +118,24 @@ def default_config(task: str = 'classify') -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # and after the last step
     config.checkpoint.keep = 2  # newest ones
+    # Metric of the evaluation, such as 'accuracy', by which the best is kept as well.
+    config.checkpoint.keep_best = config_dict.placeholder(str)
+    config.checkpoint.average = 0  # of the last ones, evaluated at the end; 0: off
 
     config.log = ConfigDict()
     config.log.every_steps = 50
     config.log.tensorboard = True
+    config.log.wandb = config_dict.placeholder(str)  # project of Weights & Biases
+    config.log.profile_steps = config_dict.placeholder(str)  # '10:15', both included
+
+    config.nan_policy = 'stop'  # or 'skip': such a step changes nothing, and counts
+
+    if task == 'distill':
+        config.distill = ConfigDict()
+        config.distill.teacher = ''  # weights, as for init.weights
+        config.distill.kind = 'hard'  # its most likely class; or 'soft', probabilities
+        config.distill.weight = 0.5  # of the teacher's part of the loss
+        config.distill.temperature = 1.0  # of both, for 'soft'
     return config.lock()
 
 
@@ -96,13 +143,23 @@ def default_config(task: str = 'classify') -> ConfigDict:
 RESUMABLE = (
     'dataset.data_dir',
     'dataset.num_workers',
+    'dataset.timeout_seconds',
     'parallel.mode',
+    'parallel.data',
+    'parallel.fsdp',
+    'parallel.tensor',
+    'parallel.remat',
+    'parallel.heartbeat_seconds',
     'eval.every_steps',
     'eval.batch_size',
     'checkpoint.every_steps',
     'checkpoint.keep',
+    'checkpoint.keep_best',
+    'checkpoint.average',
     'log.every_steps',
     'log.tensorboard',
+    'log.wandb',
+    'log.profile_steps',
 )
 
 
@@ -166,6 +223,13 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             'checkpoint.every_steps',
             'checkpoint.keep',
             'log.every_steps',
+            'augment.repeats',
+            'accum_steps',
+            'dataset.timeout_seconds',
+            'parallel.data',
+            'parallel.fsdp',
+            'parallel.tensor',
+            'parallel.heartbeat_seconds',
         ),
     ),
     (
@@ -176,14 +240,32 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             'augment.pad',
             'optim.learning_rate',
             'optim.weight_decay',
+            'optim.cooldown_steps',
+            'augment.mixup',
+            'augment.cutmix',
+            'checkpoint.average',
         ),
     ),
     (
         'in (0, 1]',
         lambda x: 0 < x <= 1,
-        ('dataset.train_fraction', 'dataset.eval_crop', 'augment.min_scale'),
+        (
+            'dataset.train_fraction',
+            'dataset.eval_crop',
+            'augment.min_scale',
+            'optim.layer_decay',
+        ),
     ),
-    ('in [0, 1)', lambda x: 0 <= x < 1, ('optim.label_smoothing',)),
+    (
+        'in [0, 1)',
+        lambda x: 0 <= x < 1,
+        ('optim.label_smoothing', 'optim.b1', 'optim.b2', 'optim.ema_decay'),
+    ),
+    (
+        'in [0, 1]',
+        lambda x: 0 <= x <= 1,
+        ('augment.erasing', 'augment.mix_prob', 'augment.mix_switch_prob'),
+    ),
     ('in [0, 2**32)', lambda x: 0 <= x < 2**32, ('seed',)),
 )
 

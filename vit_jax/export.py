@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax import export as jax_export
 
-from vit_jax.build import make_stored_model
 from vit_jax.errors import UserError, times
+from vit_jax.modules import make_stored_model
 from vit_jax.pretrained import Report, load_variables
 from vit_jax.pretrained.convert import (
     PROGRAM,
@@ -33,7 +33,7 @@ from vit_jax.pretrained.convert import (
 from vit_jax.pretrained.damage import reading
 from vit_jax.pretrained.metadata import is_complete
 from vit_jax.pretrained.source import open_source
-from vit_jax.tasks.classify import Settings, normalize
+from vit_jax.tasks.classify import normalize
 from vit_jax.typing import Array, Variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -142,13 +142,13 @@ def make_program(
     Raises:
       UserError: for a model that calls code outside of the program.
     """
-    settings = Settings(tuple(preprocessing['mean']), tuple(preprocessing['std']))
+    mean, std = tuple(preprocessing['mean']), tuple(preprocessing['std'])
     if getattr(model, 'attention_impl', None) == 'cudnn':  # no other platform has it
         model = model.clone(attention_impl='auto')
 
     @jax.jit
     def classify(variables: Variables, images: Array) -> Array:
-        images = normalize(images, settings)
+        images = normalize(images, mean, std)
         logits: Array = model.apply(variables, images, train=False)  # type: ignore
         return logits.astype(jnp.float32)
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from vit_jax.build import make_model
 from vit_jax.errors import UserError
+from vit_jax.modules import make_model
 from vit_jax.pretrained.fetch import is_address
 from vit_jax.pretrained.published import (
     class_names,

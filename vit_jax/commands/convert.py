@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     given, image_size = (_parse_size(args, name) for name in ('grid', 'image_size'))
 
     options.quiet()
-    from vit_jax.build import make_model, make_stored_model
+    from vit_jax.modules import make_model, make_stored_model
     from vit_jax.pretrained import convert, load_variables
     from vit_jax.pretrained.source import open_source
 

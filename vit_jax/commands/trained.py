@@ -171,10 +171,10 @@ def read_class_names(weights: str, metadata: dict[str, Any]) -> list[str]:
 
 def _restore(weights: str, metadata: dict[str, Any]) -> Trained:
     from vit_jax.export import load_model
-    from vit_jax.tasks.classify import Settings, normalize
+    from vit_jax.tasks.classify import normalize
 
     names = read_class_names(weights, metadata)
     model, variables, _ = load_model(weights, metadata)
     about = metadata['preprocessing']
-    settings = Settings(tuple(about['mean']), tuple(about['std']))
-    return Trained(model, variables, partial(normalize, settings=settings), names)
+    mean, std = tuple(about['mean']), tuple(about['std'])
+    return Trained(model, variables, partial(normalize, mean=mean, std=std), names)
