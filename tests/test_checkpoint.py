@@ -11,6 +11,8 @@ from jax.sharding import SingleDeviceSharding
 
 from vit_jax.checkpoint import (
     Checkpoints,
+    Choice,
+    latest_step,
     load_metadata,
     restore_variables,
     shapes_on,
@@ -196,14 +198,18 @@ def test_when_all_are_damaged_nothing_is_deleted(tmp_path, caplog):
 
 def test_metadata_and_variables_of_the_newest(tmp_path):
     save(tmp_path, 3, 5)
-    step, metadata = load_metadata(tmp_path)
-    assert (step, metadata) == (5, {'position': 50})
+    assert latest_step(tmp_path) == 5
+    assert load_metadata(tmp_path) == {'position': 50}
+    assert load_metadata(tmp_path, 3) == {'position': 30}
+    step = 5
     like = shapes_on(SingleDeviceSharding(jax.devices()[0]), LIKE.variables)
-    variables = restore_variables(tmp_path, step, like)
+    variables = restore_variables(tmp_path, Choice((step,)), like)
     assert_same_bits(variables, make_state(5).variables)
     for leaf in jax.tree.leaves(variables):
         assert len(leaf.sharding.device_set) == 1
-    assert_same_bits(restore_variables(tmp_path, 3, like), make_state(3).variables)
+    assert_same_bits(
+        restore_variables(tmp_path, Choice((3,)), like), make_state(3).variables
+    )
 
 
 def test_reading_leaves_the_folder_as_it_is(tmp_path):
@@ -216,7 +222,7 @@ def test_reading_leaves_the_folder_as_it_is(tmp_path):
 
     before = listing()
     load_metadata(tmp_path)
-    restore_variables(tmp_path, 3, LIKE.variables)
+    restore_variables(tmp_path, Choice((3,)), LIKE.variables)
     assert listing() == before
 
 
@@ -236,7 +242,7 @@ def test_damaged_parts_are_the_users_to_know(tmp_path, how):
     damage(tmp_path, 3, 'variables', how)
     for read in (
         lambda: load_metadata(tmp_path),
-        lambda: restore_variables(tmp_path, 3, LIKE.variables),
+        lambda: restore_variables(tmp_path, Choice((3,)), LIKE.variables),
     ):
         with pytest.raises(UserError, match=r'checkpoint 3 .* cannot be read: ') as e:
             read()
@@ -265,7 +271,7 @@ def test_variables_of_another_model(tmp_path, change):
     save(tmp_path, 3)
     like = change(LIKE.variables)
     with pytest.raises(UserError, match=r'checkpoint 3 .* cannot be read') as error:
-        restore_variables(tmp_path, 3, shapes_on(REPLICATED, like))
+        restore_variables(tmp_path, Choice((3,)), shapes_on(REPLICATED, like))
     assert '\n' not in str(error.value)
     assert len(str(error.value)) < 400
     gc.collect()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from vit_jax.build import build
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.config import default_config
 from vit_jax.errors import UserError
+from vit_jax.feed import feed_from_host
 from vit_jax.train import _check_continues, train
 from vit_jax.writer import read_metrics
 
@@ -81,9 +83,12 @@ class InterruptedData:
 def interrupt(run, batches):
     """The same run, interrupted when it asks for one batch more than these."""
     read = run.train_data
-    return dataclasses.replace(
-        run, train_data=lambda position: InterruptedData(read(position), batches)
+    feed = partial(
+        feed_from_host,
+        train_data=lambda position: InterruptedData(read(position), batches),
+        parallel=run.parallel,
     )
+    return dataclasses.replace(run, feed=feed)
 
 
 @pytest.fixture(scope='module')
@@ -174,7 +179,7 @@ def test_each_period_is_its_own(uninterrupted, tmp_path):
         for name in ('train', 'eval')
     }
     assert steps == {'train': [2, 4, 6, 8, 10, 11], 'eval': [5, 10, 11]}
-    train(dataclasses.replace(run, checkpoint_keep=100), tmp_path)
+    train(dataclasses.replace(run, keep=100), tmp_path)
     saved = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
     assert saved == [3, 6, 9, 11]
     # The uninterrupted run keeps the newest two.
@@ -242,7 +247,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
 
     run = build(small_config(**{'checkpoint.every_steps': 1}))
     with pytest.raises(UserError, match='grad_norm is nan at step 1 '):
-        train(dataclasses.replace(run, train_step=poisoned), tmp_path)
+        train(dataclasses.replace(run, train_steps=poisoned), tmp_path)
     assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
 
 

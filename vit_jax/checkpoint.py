@@ -2,17 +2,22 @@
 
 A workdir holds `checkpoints/<step>/` with three items: `variables` (all that the
 model needs), `optimizer`, and `metadata`, which says what the variables are: model,
-grid, classes, preprocessing, the resolved config, and the position in the data.
+grid, classes, preprocessing, the resolved config, the position in the data, and the
+evaluation of that step. A run that averages its parameters has a fourth, `average`.
 """
 
+import contextlib
 import logging
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from vit_jax.errors import UserError, reason
+from vit_jax.averaging import mean_of
+from vit_jax.errors import UserError, reason, some
 from vit_jax.state import TrainState
 from vit_jax.typing import Variables
 
@@ -31,36 +36,101 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       keep: how many of the newest to keep; None for all.
+      keep_best: name of a metric of the evaluation, by which the best one is kept as
+        well; the lowest of a loss, the highest of others. Or None.
       read_only: whether the folder is another's, and left as it is.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, keep: int | None = None, read_only: bool = False
+        self,
+        workdir: pathlib.Path,
+        keep: int | None = None,
+        keep_best: str | None = None,
+        read_only: bool = False,
     ):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
+        policies = [preservation_policy.LatestN(keep)]
+        if keep_best is not None:
+            policies.append(_keep_best(keep_best))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            read_only=read_only,
+        )
         self._folder = (workdir / 'checkpoints').absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._manager.close()  # waits for the save under way
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if kind is None:
+            self.wait()
+        try:
+            self._manager.close()
+        except Exception as error:  # what is already on its way up says more
+            log.warning('the last checkpoint was not written (%s)', reason(error))
+
+    def steps(self) -> list[int]:
+        """Of the finished checkpoints, in their order."""
+        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Copies the state to the host, then writes in the background."""
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metadata: dict[str, Any],
+        evaluation: dict[str, float] | None = None,
+    ) -> None:
+        """Copies the state to the host, then writes in the background.
+
+        Args:
+          step: steps made.
+          state: after them.
+          metadata: what the checkpoint says of itself.
+          evaluation: metrics of this step, where there are.
+
+        Raises:
+          UserError: when this or the checkpoint before it cannot be written.
+        """
+        if evaluation:
+            metadata = {**metadata, 'evaluation': evaluation}
         optimizer = {'step': state.step, 'opt_state': state.opt_state}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(state.variables),
-                optimizer=ocp.args.StandardSave(optimizer),
-                metadata=ocp.args.JsonSave(metadata),
-            ),
-        )
+        items = {
+            'variables': ocp.args.StandardSave(state.variables),
+            'optimizer': ocp.args.StandardSave(optimizer),
+            'metadata': ocp.args.JsonSave(metadata),
+        }
+        if state.average is not None:
+            items['average'] = ocp.args.StandardSave(state.average)
+        with self._writing():
+            self._manager.save(
+                step, args=ocp.args.Composite(**items), metrics=evaluation
+            )
+
+    def load_variables(self, step: int, like: Variables) -> Variables:
+        """The model's variables of one checkpoint, of shapes and shardings `like`."""
+        return self.load(step, 'variables', ocp.args.StandardRestore(like))
+
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          UserError: when it fails.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises whatever its writers raise
+            raise UserError(
+                f'a checkpoint cannot be written to {self._folder}: {reason(error)}; '
+                'what was saved before is kept'
+            ) from error
 
     def restore_latest(self, like: TrainState) -> Restored | None:
         """The newest state that can be read, or None where there is none.
@@ -68,24 +138,24 @@ class Checkpoints:
         A damaged checkpoint is reported and set aside, and the one before it taken.
 
         Args:
-          like: shapes, dtypes and shardings of the state.
+          like: shapes, dtypes and shardings of the state; its `teacher` is not read.
 
         Raises:
           UserError: when there are checkpoints and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        optimizer = {'step': like.step, 'opt_state': like.opt_state}
+        items = {
+            'variables': ocp.args.StandardRestore(like.variables),
+            'optimizer': ocp.args.StandardRestore(optimizer),
+            'metadata': ocp.args.JsonRestore(),
+        }
+        if like.average is not None:
+            items['average'] = ocp.args.StandardRestore(like.average)
+        args = ocp.args.Composite(**items)
+        steps = self.steps()[::-1]
         for step in steps:
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        variables=ocp.args.StandardRestore(like.variables),
-                        optimizer=ocp.args.StandardRestore(
-                            {'step': like.step, 'opt_state': like.opt_state}
-                        ),
-                        metadata=ocp.args.JsonRestore(),
-                    ),
-                )
+                restored = self._manager.restore(step, args=args)
             except Exception as error:  # Orbax raises whatever its readers raise
                 log.warning('checkpoint %d cannot be read (%s)', step, reason(error))
                 continue
@@ -96,7 +166,11 @@ class Checkpoints:
                 log.warning('going on from checkpoint %d; kept %s', step, target)
             if steps[0] != step:
                 self._manager.reload()
-            state = TrainState(variables=restored.variables, **restored.optimizer)
+            state = TrainState(
+                variables=restored.variables,
+                average=restored.get('average'),
+                **restored.optimizer,
+            )
             return Restored(step, state, restored.metadata)
         if steps:
             raise UserError(
@@ -124,51 +198,125 @@ class Checkpoints:
             ) from error
 
 
-def load_metadata(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
-    """Step and metadata of a workdir's newest checkpoint.
+def latest_step(workdir: pathlib.Path) -> int:
+    """Step of a workdir's newest checkpoint.
 
     Raises:
-      UserError: when the folder holds none, or it is damaged.
+      UserError: when the folder holds none.
     """
     if not (workdir / 'checkpoints').is_dir():
         raise UserError(f'{workdir} is not the workdir of a run: no checkpoints/ in it')
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f'{workdir} has no finished checkpoint yet')
-        return step, checkpoints.load_metadata(step)
+    if step is None:
+        raise UserError(f'{workdir} has no finished checkpoint yet')
+    return step
 
 
-def restore_variables(workdir: pathlib.Path, step: int, like: Variables) -> Variables:
-    """The model's variables of one checkpoint.
+def load_metadata(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
+    """What a checkpoint of a workdir says of itself; by default the newest.
+
+    Raises:
+      UserError: when it is not there, or damaged.
+    """
+    step = latest_step(workdir) if step is None else step
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.load_metadata(step)
+
+
+class Choice(NamedTuple):
+    """Weights of a run.
+
+    Attributes:
+      steps: of the checkpoints; the mean of several is meant.
+      item: 'variables', or 'average', the one over the steps.
+    """
+
+    steps: tuple[int, ...]
+    item: str = 'variables'
+
+
+def choose(workdir: pathlib.Path, wanted: str) -> Choice:
+    """Which weights of a run are meant.
 
     Args:
       workdir: the run's folder.
-      step: which checkpoint.
+      wanted: 'latest'; 'best' by the run's checkpoint.keep_best; 'ema', the average of
+        the latest; 'last:5', the mean of five checkpoints; or the number of a step.
+
+    Raises:
+      UserError: when there are no such.
+    """
+    latest = latest_step(workdir)
+    config = load_metadata(workdir, latest).get('config', {})
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+        if wanted == 'latest':
+            return Choice((latest,))
+        if wanted == 'ema':
+            if config.get('optim', {}).get('ema_decay') is None:
+                raise UserError(f'{workdir} has no average: it has no optim.ema_decay')
+            return Choice((latest,), 'average')
+        if wanted == 'best':
+            metric = config.get('checkpoint', {}).get('keep_best')
+            if metric is None:
+                raise UserError(
+                    f'{workdir} has no best: it has no checkpoint.keep_best'
+                )
+            found = {step: checkpoints.load_metadata(step) for step in steps}
+            score = _score(metric)
+            step = max(
+                (step for step in steps if 'evaluation' in found[step]),
+                key=lambda step: score(found[step]['evaluation']),
+            )
+            item = 'average' if metric.startswith('ema_') else 'variables'
+            return Choice((step,), item)
+    name, _, number = wanted.partition(':')
+    if name == 'last' and number.isdecimal() and 0 < int(number) <= len(steps):
+        return Choice(tuple(steps[-int(number) :]))
+    if wanted.isdecimal() and int(wanted) in steps:
+        return Choice((int(wanted),))
+    raise UserError(
+        f'{workdir}@{wanted} is none of its weights: @latest, @best, @ema, '
+        f'@last:N up to {len(steps)}, or @ one of the steps {some(map(str, steps))}'
+    )
+
+
+def restore_variables(
+    workdir: pathlib.Path, choice: Choice, like: Variables
+) -> Variables:
+    """The model's variables of one checkpoint, or the mean of several.
+
+    Args:
+      workdir: the run's folder.
+      choice: which of its weights.
       like: shapes, dtypes and shardings.
 
     Raises:
-      UserError: when the checkpoint is damaged or of another model.
+      UserError: when a checkpoint is damaged or of another model.
     """
+    how = ocp.args.StandardRestore(like)
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.load(step, 'variables', ocp.args.StandardRestore(like))
+        found = (checkpoints.load(step, choice.item, how) for step in choice.steps)
+        return next(found) if len(choice.steps) == 1 else mean_of(found)
 
 
-def stored_shapes(workdir: pathlib.Path, step: int) -> Variables:
-    """Shapes and dtypes of the variables in a checkpoint, to be read on one device.
+def stored_shapes(workdir: pathlib.Path, choice: Choice) -> Variables:
+    """Shapes and dtypes of weights in a checkpoint, to be read on one device.
 
     Args:
       workdir: the run's folder.
-      step: which checkpoint.
+      choice: which of its weights.
 
     Raises:
       UserError: when the checkpoint is damaged.
     """
     folder = (workdir / 'checkpoints').absolute()
+    step = choice.steps[-1]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(folder / str(step) / 'variables')
+            metadata = checkpointer.metadata(folder / str(step) / choice.item)
         tree = metadata.item_metadata
         if tree is None:
             raise ValueError('the list of its arrays is damaged')
@@ -179,8 +327,29 @@ def stored_shapes(workdir: pathlib.Path, step: int) -> Variables:
         ) from error
 
 
-def shapes_on(sharding: jax.sharding.Sharding, tree: Any) -> Any:
-    """Shapes and dtypes of a tree, to be restored with that sharding."""
+def shapes_on(sharding: Any, tree: Any) -> Any:
+    """Shapes and dtypes of a tree, to be restored so.
+
+    Args:
+      sharding: of all its leaves, or a tree of theirs.
+      tree: of arrays, or of their shapes and dtypes.
+    """
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
+    )
+
+
+def _score(metric: str) -> Callable[[dict[str, float]], float]:
+    """An evaluation's score by that metric, the higher the better."""
+    sign = -1.0 if metric.endswith('loss') else 1.0
+    return lambda evaluation: sign * evaluation[metric]
+
+
+def _keep_best(metric: str) -> preservation_policy.PreservationPolicy:
+    return preservation_policy.BestN(
+        get_metric_fn=_score(metric),
+        n=1,
+        keep_checkpoints_without_metrics=False,
     )

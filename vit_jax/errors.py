@@ -51,3 +51,15 @@ def reason(error: BaseException) -> str:
     """
     text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
     return ' '.join(text.split())[:200]
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and has saved where it was.
+
+    Attributes:
+      step: the last one that was made.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f'stopped after step {step}, saved; the same command goes on')
+        self.step = step

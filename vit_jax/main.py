@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vit_jax.errors import UserError, unknown
+from vit_jax import cluster
+from vit_jax.errors import Stopped, UserError, unknown
 
 COMMANDS = {
     'train': 'train a config in a workdir, or go on where it stopped',
@@ -15,7 +16,10 @@ COMMANDS = {
     'convert': 'weights from one format to another, bit for bit',
     'export': 'a trained model as a folder that runs on its own',
     'summarize': "a model's parameters, multiply-adds and activation memory",
+    'prepare': 'a dataset, such as ImageNet from its tars, as training reads it',
     'check_data': 'what a config will read, with one decoded batch',
+    'launch': 'a command in several processes, here or as a job of Slurm',
+    'compile': 'the train step for TPUs that are not here: what it needs of them',
     'benchmark': 'time and memory of GPSA next to plain attention',
 }
 
@@ -39,17 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = command.main(argv[1:]) or 0
         sys.stdout.flush()
         return code
+    except Stopped as stopped:  # as asked: no error
+        print(f'vit_jax: {stopped}', file=sys.stderr)
+        return 0
     except UserError as error:
         print(f'vit_jax: error: {error}', file=sys.stderr)
+        cluster.leave(1)
         return 1
     except BrokenPipeError:  # whoever reads has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        cluster.leave(1)
         return 1
     except OSError as error:  # a full disk, a file that may not be read
         print(f'vit_jax: error: {error}', file=sys.stderr)
+        cluster.leave(1)
         return 1
     except KeyboardInterrupt:
         print('\nvit_jax: interrupted', file=sys.stderr)
+        cluster.leave(130)
         return 130
 
 

@@ -36,6 +36,23 @@ def classification_metrics(
     return metrics
 
 
+def per_step(calls: Iterable[Metrics]) -> list[Metrics]:
+    """The metrics of single steps, of calls that made one or several of them.
+
+    >>> per_step([{'loss': (np.array([6.0, 1.0]), np.array([2.0, 1.0]))}])
+    [{'loss': (6.0, 2.0)}, {'loss': (1.0, 1.0)}]
+    """
+    steps: list[Metrics] = []
+    for call in calls:
+        columns = {
+            name: np.stack([np.atleast_1d(x) for x in pair], axis=1).tolist()
+            for name, pair in call.items()
+        }
+        for row in zip(*columns.values()):
+            steps.append({name: tuple(pair) for name, pair in zip(columns, row)})
+    return steps
+
+
 def mean(batches: Iterable[Metrics]) -> dict[str, float]:
     """The weighted mean of each metric over batches, summed in float64.
 

@@ -1,30 +1,34 @@
 """Training, from a `Run` to a workdir with its result: read it downwards."""
 
-import dataclasses
 import json
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import jax
 import numpy as np
 
 from vit_jax import metrics
+from vit_jax.averaging import init_average, mean_of
 from vit_jax.build import Run
 from vit_jax.checkpoint import Checkpoints, shapes_on
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError
 from vit_jax.evaluate import evaluate
+from vit_jax.interrupt import StopSignals
+from vit_jax.parallel import bytes_per_device
 from vit_jax.state import TrainState
 from vit_jax.summary import count_params
-from vit_jax.typing import Batch, Metrics
+from vit_jax.telemetry import Clock, Profile, warn_of_cpu, warn_of_waiting
+from vit_jax.typing import Metrics
 from vit_jax.workdir import open_workdir
 from vit_jax.writer import MetricWriter, Progress, format_metrics, read_metrics
 
 
-def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
+def train(
+    run: Run, workdir: str | os.PathLike, allow_changes: bool = False
+) -> dict[str, float]:
     """Trains, evaluates and checkpoints; goes on where the workdir holds this run.
 
     A run that was interrupted at any moment and is started again ends with the
@@ -33,19 +37,26 @@ def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
     Args:
       run: what to train.
       workdir: folder for checkpoints, metrics and config; made if need be.
+      allow_changes: whether to go on with a run that was begun with another config.
 
     Returns:
-      The metrics of the last evaluation, see `evaluate`.
+      The metrics of the last evaluation, see `evaluate`; those of the averaged
+      parameters as 'ema_accuracy' and so on, and of the mean of the last checkpoints
+      as 'average_accuracy'.
 
     Raises:
-      UserError: when the workdir cannot be written or holds another run, when the
-        data is not there, or when the loss is not finite.
+      UserError: when the workdir cannot be written, is in use or holds another run,
+        when the data is not there, or when the loss is not finite.
+      Stopped: after SIGTERM or SIGINT, when the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    open_workdir(workdir, run.metadata['config'])
-    run.eval_data().close()  # data that is not there is missed now, not at the end
+    with (
+        open_workdir(workdir, run.metadata['config'], allow_changes),
+        Checkpoints(workdir, run.keep, run.keep_best) as checkpoints,
+        StopSignals() as signals,
+    ):
+        run.eval_data().close()  # data that is not there is missed now, not at the end
 
-    with Checkpoints(workdir, keep=run.checkpoint_keep) as checkpoints:
         # A finished run is left as it is.
         if checkpoints.latest_step() == run.num_steps:
             print(f'{workdir} holds this run, already finished', file=sys.stderr)
@@ -53,97 +64,86 @@ def train(run: Run, workdir: str | os.PathLike) -> dict[str, float]:
         _check_continues(run, checkpoints)
 
         # State and position in the data: the newest checkpoint's, or the beginning.
-        like = shapes_on(run.parallel.replicated, run.state_shape)
-        restored = checkpoints.restore_latest(like)
+        shardings = run.parallel.state_sharding(run.state_shape)
+        restored = checkpoints.restore_latest(shapes_on(shardings, run.state_shape))
         if restored:
-            start, state = restored.step, restored.state
+            step, state = restored.step, restored.state
             position = restored.metadata['position']
         else:
-            start, state, position = 0, _initial_state(run, workdir), 0
+            step, state, position = 0, _initial_state(run, workdir), 0
+        if run.load_teacher:
+            teacher = run.load_teacher(sharding=run.parallel.leaf_sharding)
+            state = state.replace(teacher=teacher)  # type: ignore[attr-defined]
 
-        train_step = run.parallel.train_step(run.train_step)
+        train_step = run.parallel.train_step(run.train_steps, run.state_shape)
         eval_step = run.parallel.eval_step(run.eval_step)
         with (
-            closing(run.train_data(position)) as data,
-            MetricWriter(workdir, start, run.tensorboard) as writer,
-            Progress(start, run.num_steps) as progress,
+            closing(run.feed(step, position)) as batches,
+            MetricWriter(workdir, step, run.tensorboard, run.wandb) as writer,
+            Progress(step, run.num_steps) as progress,
+            Profile(workdir, run.periods.profile) as profile,
         ):
-            progress.say(_describe(run, start))
-            batches = run.parallel.prefetch(data)
+            progress.say(_describe(run, step, shardings))
             pending: list[Metrics] = []  # of the steps since the last log, on device
-            clock = Clock()
+            evaluation: dict[str, float] = {}  # of this step
+            clock = Clock(run)
+            compiled = False
 
-            for step in range(start + 1, run.num_steps + 1):
-                batch = clock.wait_for(batches)
+            for end in run.periods.calls(step, run.num_steps):
+                profile.before(step + 1)
+                steps = end - step  # of this call: one, or several of data on device
+                batch = clock.wait_for(batches, steps)
                 state, step_metrics = train_step(state, batch)
+                step, position = end, position + steps * run.batch_size
                 pending.append(step_metrics)
                 # The host may run two steps ahead of the device, not more: batches
                 # in flight take memory.
-                two_steps_ago = pending[-3:-2]
-                jax.block_until_ready(two_steps_ago)
-                progress.advance()
-                if step == start + 1:
+                two_calls_ago = pending[-3:-2]
+                jax.block_until_ready(two_calls_ago)
+                progress.advance(steps)
+                profile.after(step, state)
+                if not compiled:
                     jax.block_until_ready(step_metrics)
                     progress.say(f'first step, compiled: {clock.seconds():.1f} s')
-                    clock = Clock()
+                    writer.write(step, {'train/compile_seconds': clock.seconds()})
+                    compiled = True
+                    clock.start()
 
-                if step % run.log_every_steps == 0 or step == run.num_steps:
+                if step % run.periods.log == 0 or step == run.num_steps:
                     values = _fetch(pending, step, state)
                     values['learning_rate'] = float(run.schedule(step - 1))
-                    rates = clock.rates(run.batch_size)
-                    writer.write(step, _prefix('train', values | rates))
+                    values['examples_seen'] = position
+                    rates = clock.rates()
+                    writer.write(step, _prefix('train/', values | rates))
                     progress.train(step, values, rates)
-                    pending, clock = [], Clock()
+                    progress.say_once('waiting', warn_of_waiting(rates))
+                    pending = []
+                    clock.start()
 
-                if step % run.eval_every_steps == 0 or step == run.num_steps:
-                    result = evaluate(run, state.variables, eval_step)
-                    if not np.isfinite(result['loss']):
-                        raise UserError(
-                            f'the loss of the evaluation is {result["loss"]} after '
-                            f'step {step}; what was saved before is kept'
+                if step % run.periods.evaluate == 0 or step == run.num_steps:
+                    evaluation = _evaluate(run, state, eval_step, step)
+                    if step == run.num_steps and run.average:
+                        evaluation |= _evaluate_average(
+                            run, state, eval_step, checkpoints, shardings
                         )
-                    writer.write(step, _prefix('eval', result))
-                    progress.say(f'step {step}  evaluation: {format_metrics(result)}')
-                    clock = Clock()
+                    writer.write(step, _prefix('eval/', evaluation))
+                    progress.say(
+                        f'step {step}  evaluation: {format_metrics(evaluation)}'
+                    )
+                    clock.start()
 
                 # Last, so that all metrics up to a checkpoint's step are written.
-                if step % run.checkpoint_every_steps == 0 or step == run.num_steps:
+                stop = signals.stop_after(step)
+                if step % run.periods.save == 0 or step == run.num_steps or stop:
                     _fetch(pending, step, state)  # raises if a step was not finite
-                    position = step * run.batch_size
-                    checkpoints.save(
-                        step, state, {**run.metadata, 'position': position}
-                    )
-                    clock = Clock()
+                    metadata = {**run.metadata, 'position': position}
+                    checkpoints.save(step, state, metadata, evaluation or None)
+                    clock.start()
+                if stop and step < run.num_steps:
+                    checkpoints.wait()
+                    raise Stopped(step)
+                result, evaluation = evaluation, {}
     return result
-
-
-class Clock:
-    """How fast steps have been since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; counts the step, and the time until it is there."""
-        before = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - before
-        self._steps += 1
-        return batch
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def rates(self, batch_size: int) -> dict[str, float]:
-        """Images per second, and the share of the time spent waiting for data."""
-        if not self._steps:
-            return {}
-        return {
-            'images_per_second': batch_size * self._steps / self.seconds(),
-            'data_wait': self._waited / self.seconds(),
-        }
 
 
 def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
@@ -173,14 +173,14 @@ def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
 def _fetch(
     pending: Sequence[Metrics], step: int, state: TrainState
 ) -> dict[str, float]:
-    """The mean of the metrics of the steps up to `step`.
+    """The mean of the metrics of the steps up to `step`, and how many were skipped.
 
     Raises:
-      UserError: when a metric, the gradient's norm among them, was not finite;
-        names the first such step.
+      UserError: when a metric, the gradient's norm among them, was not finite; names
+        the first such step. Also when every step was skipped for that reason.
     """
-    fetched = jax.device_get(pending)
-    for i, pairs in enumerate(fetched):
+    steps = metrics.per_step(jax.device_get(pending))
+    for i, pairs in enumerate(steps):
         bad = [name for name, (total, _) in pairs.items() if not np.isfinite(total)]
         if bad:
             params = state.variables['params']
@@ -188,17 +188,24 @@ def _fetch(
                 (
                     jax.tree_util.keystr(path, simple=True, separator='/')
                     for path, x in jax.tree_util.tree_leaves_with_path(params)
-                    if not np.isfinite(x).all()
+                    if not jax.numpy.isfinite(x).all()
                 ),
                 'none yet',
             )
             raise UserError(
-                f'{bad[0]} is {pairs[bad[0]][0]} at step '
-                f'{step - len(fetched) + 1 + i} (first parameter that is not finite: '
-                f'{leaf}); what was saved before is kept. Try a lower learning rate, '
-                'a longer warm-up or optim.clip_norm'
+                f'{bad[0]} is {pairs[bad[0]][0]} at step {step - len(steps) + 1 + i} '
+                f'(first parameter that is not finite: {leaf}); what was saved before '
+                'is kept. Try a lower learning rate, a longer warm-up or '
+                'optim.clip_norm'
             )
-    return metrics.mean(fetched)
+    skipped = sum(pairs['skipped'][0] for pairs in steps if 'skipped' in pairs)
+    if steps and skipped == len(steps):
+        raise UserError(
+            f'none of the {len(steps)} steps up to step {step} had a finite gradient; '
+            'what was saved before is kept'
+        )
+    values = metrics.mean(steps)
+    return values | {'skipped': int(skipped)} if 'skipped' in values else values
 
 
 def _initial_state(run: Run, workdir: pathlib.Path) -> TrainState:
@@ -206,7 +213,7 @@ def _initial_state(run: Run, workdir: pathlib.Path) -> TrainState:
     state = run.parallel.init(run.init)
     if run.load is None:
         return state
-    variables, report = run.load(sharding=run.parallel.replicated)
+    variables, report = run.load(sharding=run.parallel.leaf_sharding)
     print(report.summary(), file=sys.stderr)
     theirs = (report.metadata or {}).get('preprocessing', {})
     ours = json.loads(json.dumps(run.metadata['preprocessing']))
@@ -219,25 +226,76 @@ def _initial_state(run: Run, workdir: pathlib.Path) -> TrainState:
             )
     if jax.process_index() == 0:
         (workdir / 'init_weights.txt').write_text(f'{report}\n')
-    return dataclasses.replace(state, variables=variables)
+    average = state.average
+    if average is not None:
+        average = init_average(variables)
+    return state.replace(  # type: ignore[attr-defined]
+        variables=variables, average=average
+    )
+
+
+def _evaluate(
+    run: Run, state: TrainState, eval_step: Callable, step: int
+) -> dict[str, float]:
+    """The metrics of the parameters, and of their average where there is one."""
+    result = evaluate(run, state.variables, eval_step)
+    if not np.isfinite(result['loss']):
+        raise UserError(
+            f'the loss of the evaluation is {result["loss"]} after step {step}; what '
+            'was saved before is kept'
+        )
+    if state.average is not None:
+        result |= _beside('ema_', evaluate(run, state.average, eval_step))
+    return result
+
+
+def _evaluate_average(
+    run: Run,
+    state: TrainState,
+    eval_step: Callable,
+    checkpoints: Checkpoints,
+    shardings: TrainState,
+) -> dict[str, float]:
+    """The metrics of the mean of the last checkpoints, of which `state` is one."""
+    checkpoints.wait()
+    like = shapes_on(shardings.variables, run.state_shape.variables)
+    steps = checkpoints.steps()[::-1][: run.average - 1]
+    earlier = (checkpoints.load_variables(step, like) for step in steps)
+    variables = mean_of([state.variables, *earlier])
+    return _beside('average_', evaluate(run, variables, eval_step))
+
+
+def _beside(prefix: str, result: dict[str, float]) -> dict[str, float]:
+    return _prefix(prefix, {k: v for k, v in result.items() if k != 'examples'})
 
 
 def _prefix(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f'{prefix}/{name}': value for name, value in values.items()}
+    return {f'{prefix}{name}': value for name, value in values.items()}
 
 
-def _describe(run: Run, start: int) -> str:
-    """What is about to happen, with the arithmetic of the batch."""
-    hosts, devices = jax.process_count(), jax.local_devices()
-    micro_batch = run.batch_size // (hosts * len(devices))
-    params = count_params(run.state_shape.variables['params'])
-    return (
-        f'{run.metadata["model"]["name"]}: {params:,} parameters, '
-        f'on {run.dataset.name} ({run.dataset.location})\n'
-        f'batch of {run.batch_size} = {hosts} host(s) x {len(devices)} '
-        f'{devices[0].device_kind} x {micro_batch} images, {run.parallel.mode}; '
-        f'steps {start + 1} to {run.num_steps}'
-    )
+def _describe(run: Run, start: int, shardings: TrainState) -> str:
+    """What is about to happen: model, data, devices, memory, the batch."""
+    state = run.state_shape
+    gib = {
+        name: bytes_per_device(tree, where) / 2**30
+        for name, tree, where in (
+            ('parameters', state.variables, shardings.variables),
+            ('optimizer', state.opt_state, shardings.opt_state),
+            ('average', state.average, shardings.average),
+            ('teacher', state.teacher, shardings.teacher),
+        )
+    }
+    budget = ', '.join(f'{name} {size:.3g}' for name, size in gib.items() if size)
+    lines = [
+        warn_of_cpu(),
+        f'{run.metadata["model"]["name"]}: '
+        f'{count_params(state.variables["params"]):,} parameters, '
+        f'on {run.dataset.name} ({run.dataset.location})',
+        run.parallel.describe(run.batch_size),
+        f'GiB per device before activations: {budget}',
+        f'steps {start + 1} to {run.num_steps}',
+    ]
+    return '\n'.join(filter(None, lines))
 
 
 def _last_evaluation(workdir: pathlib.Path) -> dict[str, float]:

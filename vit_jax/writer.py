@@ -1,30 +1,53 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard events, the terminal."""
+"""Where metrics go: `metrics.jsonl`, TensorBoard, Weights & Biases, the terminal.
 
+Of several processes, the first one writes and speaks for all.
+"""
+
+import hashlib
 import json
 import os
 import pathlib
+import statistics
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import tqdm
+
+from vit_jax.errors import UserError, reason
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl`, one JSON object a line, and to TensorBoard.
+    """Appends to `metrics.jsonl`, one JSON object a line, and to trackers.
 
     What a previous run of the workdir wrote past `start_step`, it is going to
-    compute again: those lines are dropped.
+    compute again: those lines are dropped. Of several processes, the first writes.
 
     Args:
       workdir: the run's folder.
       start_step: the step that this run starts from.
       tensorboard: whether to write event files too.
+      wandb: the project of Weights & Biases to report to as well, or None.
+
+    Raises:
+      UserError: when `wandb` is asked for and not installed, or does not start.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start_step: int,
+        tensorboard: bool,
+        wandb: str | None = None,
+    ):
+        self._file = self._events = self._tracker = None
+        if jax.process_index() != 0:
+            return
         path = workdir / 'metrics.jsonl'
         _keep_until(path, start_step)
+        self._tracker = _start_wandb(wandb, workdir) if wandb else None
         self._file = path.open('a')
-        self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -34,18 +57,23 @@ class MetricWriter:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
-        if self._events:
-            self._events.close()
+        for target in (self._file, self._events):
+            if target:
+                target.close()
+        if self._tracker:
+            self._tracker.finish()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of a step, through to the disk."""
-        self._file.write(json.dumps({'step': step, **metrics}) + '\n')
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps({'step': step, **metrics}) + '\n')
+            self._file.flush()
         if self._events:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
+        if self._tracker:
+            self._tracker.log(metrics, step=step)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
@@ -60,6 +88,29 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     return lines
 
 
+def _start_wandb(project: str, workdir: pathlib.Path) -> Any:
+    """A run of Weights & Biases that goes on where the workdir's was."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            'config.log.wandb needs wandb, which is not installed: pip install wandb'
+        ) from error
+    config = json.loads((workdir / 'config.json').read_text())
+    identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:12]
+    try:
+        return wandb.init(
+            project=project,
+            name=workdir.name,
+            id=identity,
+            resume='allow',
+            dir=workdir,
+            config=config,
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f'Weights & Biases does not start: {reason(error)}') from error
+
+
 def _keep_until(path: pathlib.Path, step: int) -> None:
     kept = [line for line in read_metrics(path.parent) if line['step'] <= step]
     temporary = path.with_suffix('.tmp')
@@ -70,6 +121,8 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
 class Progress:
     """A bar with the time left on a terminal, lines elsewhere; always on stderr.
 
+    Of several processes, the first shows it.
+
     Args:
       start_step: steps made before.
       num_steps: steps in all.
@@ -78,12 +131,14 @@ class Progress:
     def __init__(self, start_step: int, num_steps: int):
         stream = sys.stderr
         self._num_steps = num_steps
+        self._speaks = jax.process_index() == 0
+        self._said: set[str] = set()
         self._bar = tqdm.tqdm(
             initial=start_step,
             total=num_steps,
             unit='step',
             file=stream,
-            disable=not stream.isatty(),
+            disable=not (stream.isatty() and self._speaks),
         )
 
     def __enter__(self) -> 'Progress':
@@ -92,8 +147,8 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         self._bar.close()
 
-    def advance(self) -> None:
-        self._bar.update()
+    def advance(self, steps: int = 1) -> None:
+        self._bar.update(steps)
 
     def train(
         self, step: int, metrics: dict[str, float], rates: dict[str, float]
@@ -108,10 +163,31 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
-        if self._bar.disable:
-            print(message, file=sys.stderr, flush=True)
-        else:
+        if not self._bar.disable:
             self._bar.write(message, file=sys.stderr)
+        elif self._speaks:
+            print(message, file=sys.stderr, flush=True)
+
+    def say_once(self, kind: str, message: str | None) -> None:
+        """Prints the first message of a kind; None is none."""
+        if message and kind not in self._said:
+            self._said.add(kind)
+            self.say(message)
+
+
+def format_spread(results: Sequence[dict[str, float]]) -> str:
+    """Mean and standard deviation of each metric over runs, in one line.
+
+    >>> format_spread([{'loss': 0.5, 'accuracy': x} for x in (0.97, 0.98, 0.99)])
+    'loss 0.5 ± 0  accuracy 98.00% ± 1.00%'
+    """
+    texts = []
+    for name in results[0]:
+        values = [float(result[name]) for result in results]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        mean = format_metrics({name: statistics.mean(values)})
+        texts.append(f'{mean} ± {format_metrics({name: spread}).split()[-1]}')
+    return '  '.join(texts)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

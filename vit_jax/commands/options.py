@@ -101,6 +101,14 @@ def keys(overrides: Sequence[str]) -> list[str]:
     return [o.removeprefix('--config.').partition('=')[0] for o in overrides]
 
 
+def print_once(text: str) -> None:
+    """Prints a result; of several processes, the first does."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text)
+
+
 def hide_late_readers(unraisable: 'sys.UnraisableHookArgs') -> None:
     """Keeps still what a damaged checkpoint's other readers say after the first.
 

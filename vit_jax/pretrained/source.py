@@ -52,7 +52,11 @@ def open_source(path: str | os.PathLike) -> Source:
     published = find_published(name)
     local = fetch(name) if is_address(name) else pathlib.Path(name)
     if (local / 'checkpoints').is_dir():
-        return _open_workdir(local)
+        return _open_workdir(local, 'latest')
+    before, at, wanted = name.rpartition('@')
+    workdir = pathlib.Path(before)
+    if at and not local.exists() and (workdir / 'checkpoints').is_dir():
+        return _open_workdir(workdir, wanted)
     with telling_cached(local):
         file = open_weights(local)
     metadata = published or _read_metadata(local, file)
@@ -79,19 +83,28 @@ def _read_metadata(path: pathlib.Path, file: WeightFile) -> dict[str, Any] | Non
     return None
 
 
-def _open_workdir(workdir: pathlib.Path) -> Source:
-    """The newest checkpoint of a run."""
+def _open_workdir(workdir: pathlib.Path, wanted: str) -> Source:
+    """Weights of a run, see `checkpoint.choose`."""
     # Not above: Orbax would be half of the time that `import vit_jax` takes.
-    from vit_jax.checkpoint import load_metadata, restore_variables, stored_shapes
+    from vit_jax.checkpoint import (
+        choose,
+        load_metadata,
+        restore_variables,
+        stored_shapes,
+    )
 
-    step, metadata = load_metadata(workdir)
-    metadata = check_metadata(metadata, f'{workdir} at step {step}')
-    shapes = stored_shapes(workdir, step)
+    choice = choose(workdir, wanted)
+    step = choice.steps[-1]
+    name = f'{workdir} at step {step}'
+    if wanted != 'latest':
+        name += f' ({wanted})'
+    metadata = check_metadata(load_metadata(workdir, step), name)
+    shapes = stored_shapes(workdir, choice)
     restored: dict[str, np.ndarray] = {}
 
     def read(name: str) -> np.ndarray:
         if not restored:  # all at once, when the first is asked for
-            variables = restore_variables(workdir, step, shapes)
+            variables = restore_variables(workdir, choice, shapes)
             restored.update(jax.device_get(flatten_dict(variables, sep='/')))
         return restored.pop(name)
 
@@ -99,5 +112,5 @@ def _open_workdir(workdir: pathlib.Path) -> Source:
         name: LazyArray(x.shape, np.dtype(x.dtype), partial(read, name))
         for name, x in flatten_dict(shapes, sep='/').items()
     }
-    file = WeightFile(f'{workdir} at step {step}', 'workdir', arrays, {}, [])
+    file = WeightFile(name, 'workdir', arrays, {}, [])
     return Source(file, metadata, native=True, step=step)

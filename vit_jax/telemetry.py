@@ -1,0 +1,138 @@
+"""How fast a run is, how well it uses its devices, and what it waits for."""
+
+import glob
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+from vit_jax.build import Run
+from vit_jax.hardware import find_hardware
+from vit_jax.summary import count
+from vit_jax.typing import Batch
+
+MUCH_WAITING = 0.3  # of the time, above which the user is told
+
+
+class Clock:
+    """How fast steps have been since it was made.
+
+    Args:
+      run: what the steps are of.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._batch_size = run.batch_size
+        self._num_devices = len(run.parallel.devices)
+        hardware = find_hardware(run.parallel.devices[0].device_kind)
+        self._peak = hardware.flops if hardware else None
+        # The forward pass once and the backward pass, which is twice as much; what is
+        # computed again for memory's sake is no use (PaLM, arXiv 2204.02311, app. B).
+        self._flops = 3 * 2 * count(run.model, _shape(run))[1] if hardware else None
+        self.start()
+
+    def start(self) -> None:
+        """Counts from here."""
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def wait_for(self, batches: Iterator[Batch], steps: int = 1) -> Batch:
+        """The next batch, of that many steps; counts the time until it is there."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - before
+        self._steps += steps
+        return batch
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def rates(self) -> dict[str, float]:
+        """Seconds per step, images per second, the share of the time that went into
+        waiting for data; where they are known, the share of the devices' peak FLOP/s
+        that the model needed, and the most memory that was in use, in GiB.
+        """
+        if not self._steps:
+            return {}
+        step_seconds = self.seconds() / self._steps
+        images_per_second = self._batch_size / step_seconds
+        rates = {
+            'step_seconds': step_seconds,
+            'images_per_second': images_per_second,
+            'data_wait': self._waited / self.seconds(),
+        }
+        if self._flops and self._peak:
+            flops = self._flops * images_per_second / self._num_devices
+            rates['flops_utilisation'] = flops / self._peak
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if 'peak_bytes_in_use' in memory:
+            rates['memory_gib'] = memory['peak_bytes_in_use'] / 2**30
+        return rates
+
+
+class Profile:
+    """Traces the steps that the config names, for TensorBoard or Perfetto.
+
+    Args:
+      workdir: the trace goes to `profile` in it.
+      steps: first and last step, or None.
+    """
+
+    def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None) -> None:
+        self._folder = workdir / 'profile'
+        self._first, self._last = steps or (0, -1)
+        self._tracing = False
+
+    def __enter__(self) -> 'Profile':
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """Starts the trace, if `step` is the first of it."""
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+
+    def after(self, step: int, state: object) -> None:
+        """Ends the trace after its last step, when the device is done with it."""
+        if self._tracing and step >= self._last:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
+def warn_of_waiting(rates: dict[str, float]) -> str | None:
+    """What to say when the devices wait for data, else None."""
+    share = rates.get('data_wait', 0.0)
+    if share < MUCH_WAITING:
+        return None
+    return (
+        f'warning: {share:.0%} of the time goes into waiting for data; see '
+        "config.dataset.num_workers, or dataset.placement='device' for small images"
+    )
+
+
+def warn_of_cpu() -> str | None:
+    """What to say when JAX runs on the CPU of a machine with accelerators, or None."""
+    if jax.default_backend() != 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
+        return None
+    for pattern, extra in (('/dev/nvidia[0-9]*', 'gpu'), ('/dev/accel*', 'tpu')):
+        if glob.glob(pattern):
+            return (
+                f'warning: {glob.glob(pattern)[0]} is there, but JAX runs on the CPU; '
+                f"install it with pip install -e '.[{extra}]'"
+            )
+    return None
+
+
+def _shape(run: Run) -> tuple[int, ...]:
+    return run.batch_shape['image'].shape[1:]
