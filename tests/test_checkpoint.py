@@ -1,5 +1,6 @@
 import gc
 import logging
+import resource
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from vit_jax.checkpoint import (
     Checkpoints,
     Choice,
+    choose,
     latest_step,
     load_metadata,
     restore_variables,
@@ -281,3 +283,84 @@ def test_shapes_on():
     shapes = shapes_on(REPLICATED, {'a': np.zeros((3, 5), np.int32)})
     expected = jax.ShapeDtypeStruct((3, 5), np.int32, sharding=REPLICATED)
     assert shapes == {'a': expected}
+
+
+# --- Best, averaged, not written ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('metric', 'best'), [('accuracy', 10), ('loss', 20), ('ema_accuracy', 30)]
+)
+def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
+    scores = {  # accuracy, loss, ema_accuracy
+        10: (0.9, 0.5, 0.1),
+        20: (0.2, 0.3, 0.2),
+        30: (0.3, 0.4, 0.6),
+        40: (0.4, 0.9, 0.5),
+        50: (0.5, 0.7, 0.4),
+    }
+    names = ('accuracy', 'loss', 'ema_accuracy')
+    config = {'checkpoint': {'keep_best': metric}, 'optim': {'ema_decay': 0.9}}
+    for step, values in scores.items():  # each of them after an interruption
+        with Checkpoints(tmp_path, keep=1, keep_best=metric) as checkpoints:
+            evaluation = dict(zip(names, values))
+            checkpoints.save(step, make_state(step), {'config': config}, evaluation)
+            if step == 30:  # as after a signal, between two evaluations
+                checkpoints.save(35, make_state(35), {'config': config})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == sorted({best, 50})
+    item = 'average' if metric == 'ema_accuracy' else 'variables'
+    assert choose(tmp_path, 'best') == Choice((best,), item)
+    assert choose(tmp_path, 'ema') == Choice((50,), 'average')
+
+
+def test_the_average_is_a_checkpoint_s_own(tmp_path):
+    average = make_state(7).variables
+    state = make_state(5).replace(average=average)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {})
+    like = LIKE.replace(average=LIKE.variables)
+    assert_same_bits(restore(tmp_path, like).state, state)
+    assert restore(tmp_path).state.average is None
+    found = restore_variables(tmp_path, Choice((5,), 'average'), LIKE.variables)
+    assert_same_bits(found, average)
+
+
+def test_the_mean_of_the_last_checkpoints(tmp_path):
+    save(tmp_path, 3, 5, 11)
+    choice = choose(tmp_path, 'last:2')
+    assert choice == Choice((5, 11))
+    mean = restore_variables(tmp_path, choice, LIKE.variables)
+    states = [make_state(step).variables['batch_stats'] for step in (5, 11)]
+    np.testing.assert_allclose(
+        mean['batch_stats']['mean'],
+        (states[0]['mean'] + states[1]['mean']) / 2,
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize('wanted', ['4', 'last:0', 'last:4', 'last', 'newest', ''])
+def test_weights_that_a_run_does_not_have(tmp_path, wanted):
+    save(tmp_path, 3, 5, 11)
+    with pytest.raises(UserError, match='last:N up to 3, or @ one of the steps 3, 5'):
+        choose(tmp_path, wanted)
+    for wanted, key in (('best', 'keep_best'), ('ema', 'ema_decay')):
+        with pytest.raises(UserError, match=f'it has no .*{key}'):
+            choose(tmp_path, wanted)
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path):
+    """No file may grow past some bytes, as on a full disk."""
+    save(tmp_path, 3)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, unlimited[1]))
+    try:
+        with pytest.raises(UserError, match=r'cannot be written to .* is kept'):
+            save(tmp_path, 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    restored = restore(tmp_path)
+    assert restored.step == 3
+    assert_same_bits(restored.state, make_state(3))
+    save(tmp_path, 5)  # there is room again
+    assert restore(tmp_path).step == 5

@@ -1,10 +1,12 @@
 """Joining other processes: who tells of them, and what can be wrong."""
 
+import http.server
 import os
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import pytest
@@ -77,6 +79,70 @@ def test_jax_takes_them_for_the_same():
         assert OmpiCluster.get_process_count() == 3
 
 
+# JAX takes this host for one of a pod: it asks the variables and the metadata.
+ON_A_TPU = textwrap.dedent("""
+    import os
+    import jax
+    from vit_jax import cluster
+    from vit_jax.errors import UserError
+
+    os.environ.pop('TPU_SKIP_MDS_QUERY', None)  # set where there is no chip
+    try:
+        cluster.join(timeout_seconds=1)
+        print('not joined')
+    except UserError as error:
+        print(error)
+""")
+NO_METADATA = {'GCE_METADATA_IP': '127.0.0.1:1'}
+CANNOT = 'cannot join the processes that TPU tells of'
+
+
+def on_a_tpu(**variables):
+    """(stdout, stderr) of a process that joins the others of a TPU."""
+    environ = {k: v for k, v in os.environ.items() if 'proxy' not in k.lower()}
+    environ |= {'JAX_FORCE_TPU_INIT': '1', 'JAX_PLATFORMS': 'tpu', **variables}
+    done = subprocess.run(
+        [sys.executable, '-c', ON_A_TPU], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_tpu_of_which_nobody_tells_has_one_host():
+    out, err = on_a_tpu(**NO_METADATA)
+    assert out == 'not joined\n'
+    assert err.startswith('a TPU of one host (')
+
+
+@pytest.mark.parametrize(
+    'told', [{'TPU_WORKER_HOSTNAMES': 'localhost,b'}, {'MEGASCALE_NUM_SLICES': '2'}]
+)
+def test_a_pod_never_trains_unjoined(told):
+    out, _ = on_a_tpu(**NO_METADATA, TPU_WORKER_ID='1', **told)
+    assert out.startswith(CANNOT), out
+    assert out.endswith('; give --coordinator, --num_processes, --process_id\n')
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Says that there are other hosts, but not where."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'a:b,c:d' if self.path.endswith('endpoints') else b'1')
+
+    def log_message(self, *args):
+        pass
+
+
+def test_metadata_that_jax_cannot_read_is_no_single_host():
+    with http.server.HTTPServer(('127.0.0.1', 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        out, _ = on_a_tpu(GCE_METADATA_IP=f'127.0.0.1:{server.server_port}')
+        server.shutdown()
+    assert out.startswith(f'{CANNOT} (unsupported worker-network-endpoints')
+
+
 @pytest.mark.parametrize(
     ('seen', 'tasks', 'devices'),
     [
@@ -85,6 +151,8 @@ def test_jax_takes_them_for_the_same():
         ('0,1,2', '1(x2)', [0, 1, 2]),
         ('2', '4(x2)', [0]),  # bound to the task by Slurm
         ('', '4', None),
+        ('-1', '4', None),
+        ('3,5,-1,7', '1', [0, 1]),  # CUDA reads no further
         ('0,1,2,3', '11', None),
     ],
 )

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from vit_jax.hardware import GIB, HARDWARE, find_hardware, utilisation
+from vit_jax.hardware import HARDWARE, find_hardware, utilisation
 
 
 def fake(*kinds):
@@ -11,21 +11,20 @@ def fake(*kinds):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'teraflops', 'gib', 'gigabytes_per_second'),
+    ('kind', 'teraflops', 'gigabytes_per_second'),
     [
-        ('TPU v4', 275, 32, 1200),
-        ('TPU v5 lite', 197, 16, 819),
-        ('TPU v5', 459, 95, 2765),
-        ('TPU v6 lite', 918, 32, 1638),
-        # Of a chip: 2307, 192, 7380; it is two devices.
-        ('TPU7x', 1153.5, 96, 3690),
-        ('NVIDIA H200', 989, 141, 4800),
+        ('TPU v4', 275, 1200),
+        ('TPU v5 lite', 197, 819),
+        ('TPU v5', 459, 2765),
+        ('TPU v6 lite', 918, 1638),
+        # Of a chip: 2307, 7380; it is two devices.
+        ('TPU7x', 1153.5, 3690),
+        ('NVIDIA H200', 989, 4800),
     ],
 )
-def test_peaks_of_a_device(kind, teraflops, gib, gigabytes_per_second):
+def test_peaks_of_a_device(kind, teraflops, gigabytes_per_second):
     hardware = find_hardware(kind)
     assert hardware.flops == teraflops * 1e12
-    assert hardware.hbm_bytes == gib * GIB
     assert hardware.hbm_bandwidth == gigabytes_per_second * 1e9
 
 
@@ -38,9 +37,7 @@ def test_rows_are_plausible():
     """No unit has slipped: all of these differ by less than a factor of 60."""
     for kind, hardware in HARDWARE.items():
         assert 5e13 < hardware.flops < 3e15, kind
-        assert 15 * GIB < hardware.hbm_bytes < 300 * GIB, kind
         assert 3e11 < hardware.hbm_bandwidth < 1e13, kind
-        assert hardware.interconnect is None or 1e11 < hardware.interconnect < 2e12
         assert hardware.source.startswith('https://'), kind
 
 

@@ -394,11 +394,11 @@ MOMENTS = {
 
 @pytest.mark.parametrize('clip_norm', [None, 1.0])
 def test_the_state_of_adamw_is_that_of_optax(clip_norm):
-    """So a checkpoint of a run from before the other options fits."""
+    """With and without clipping, which a run may begin late."""
     schedule = optax.constant_schedule(0.1)
     plain = optax.adamw(schedule, weight_decay=0.3, mask=decay_mask)
-    if clip_norm:
-        plain = optax.chain(optax.clip_by_global_norm(clip_norm), plain)
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    plain = optax.chain(clip, plain)
     ours = make_optimizer('adamw', schedule, 0.3, clip_norm, params=PARAMS)
     assert jax.tree.structure(ours.init(PARAMS)) == jax.tree.structure(
         plain.init(PARAMS)

@@ -3,7 +3,9 @@
 import dataclasses
 from contextlib import closing
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -254,6 +256,32 @@ def test_features_of_every_example_once_and_in_order(
     assert features.shape == (37, 8)
     np.testing.assert_allclose(features, expected, atol=1e-5)
     assert labels.tolist() == expected_labels
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_features_that_are_not_finite(variables, value):
+    """Of images of class 1, by their first pixel: rows that only fill do not count."""
+    run = make_run()
+
+    class Net(nn.Module):
+        num_classes: int | None = None
+
+        def __call__(self, images, train):
+            x = images.reshape(len(images), -1)[:, :3]
+            return x.at[:, 2].set(jnp.where(x[:, 0] > 0.1, value, x[:, 2]))
+
+    source = run.dataset.open('test')
+    pixels = np.array([source[i]['image'][0, 0, 0] for i in range(37)])
+    bad = np.count_nonzero(np.float32(pixels) / 255 * 2 - 1 > 0.1)
+    assert 0 < bad < 37
+    run = dataclasses.replace(run, model=Net(3))
+    for split, name in (('test', 'test'), ('', 'given')):
+        with pytest.raises(UserError) as caught:
+            probes.extract_features(run, {}, run.eval_data(), *filter(None, [split]))
+        assert str(caught.value) == (
+            f'the features of {bad} of 37 {name} examples are not finite: the weights '
+            'hold NaN, or are too large for config.dtype'
+        )
 
 
 def test_probe_data_is_the_part_that_is_trained_on():

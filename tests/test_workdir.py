@@ -6,7 +6,7 @@ import pytest
 
 from vit_jax.config import default_config, flatten
 from vit_jax.errors import UserError
-from vit_jax.workdir import open_workdir
+from vit_jax.workdir import open_workdir, write_launch
 
 
 def make_config(**values):
@@ -17,7 +17,7 @@ def make_config(**values):
 
 def hold(path, config, **kwargs):
     with open_workdir(path, config, **kwargs):
-        pass
+        write_launch(path, config)
 
 
 def start(path, config):

@@ -19,7 +19,7 @@ from vit_jax.config import ConfigReader, check_ranges, check_unread
 from vit_jax.data.datasets import Dataset
 from vit_jax.data.resident import scan_steps
 from vit_jax.data.watch import Watch
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, unknown
 from vit_jax.feed import feed_from_device, feed_from_host
 from vit_jax.image_data import count_steps, make_image_data
 from vit_jax.modules import make_model
@@ -38,8 +38,8 @@ class Periods:
 
     Attributes:
       log, evaluate, save: periods.
-      call: steps that one call of the compiled step makes; None for all until
-        something else happens.
+      call: steps that one call of the compiled step makes; None for the shortest of
+        the periods, or one where something happens before its end.
       profile: first and last step of the trace, or None.
     """
 
@@ -52,16 +52,18 @@ class Periods:
     def calls(self, start: int, num_steps: int) -> Iterator[int]:
         """The step after each call of the compiled step.
 
-        >>> list(Periods(log=3, evaluate=4, save=100, call=None).calls(1, 10))
-        [3, 4, 6, 8, 9, 10]
+        >>> list(Periods(log=3, evaluate=5, save=100, call=None).calls(2, 12))
+        [3, 4, 5, 6, 9, 10, 11, 12]
         """
-        periods = (self.log, self.evaluate, self.save, *filter(None, [self.call]))
+        periods = (self.log, self.evaluate, self.save)
+        size = self.call or min(periods)
         first, last = self.profile or (1, 0)
         step = start
         while step < num_steps:
             events = [num_steps, *((step // n + 1) * n for n in periods)]
             events += [n for n in (first - 1, last) if n > step]
-            step = min(events)
+            # Two sizes in all, for each is a program of its own.
+            step += size if step + size <= min(events) else 1
             yield step
 
 
@@ -198,6 +200,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
             make_batch=images.make_batch,
             calls=partial(periods.calls, num_steps=num_steps),
             parallel=parallel,
+            timeout_seconds=c.dataset.timeout_seconds,
         )
     load_teacher = None
     if hasattr(task, 'load_teacher'):
@@ -237,6 +240,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
                 **model_facts(model, images.image_shape[:2]),
             },
             **images.facts,
+            **(task.facts(settings) if hasattr(task, 'facts') else {}),
             'config': config.copy_and_resolve_references().to_dict(),
         },
     )
@@ -291,6 +295,13 @@ def _profile_steps(text: str | None) -> tuple[int, int] | None:
 
 
 def _check_checkpoints(run: Run) -> None:
+    if run.keep_best is not None:
+        variables = run.state_shape.variables
+        names = list(jax.eval_shape(run.eval_step, variables, run.batch_shape))
+        if run.state_shape.average is not None:
+            names += [f'ema_{name}' for name in names]
+        if run.keep_best not in names:
+            raise unknown('metric in checkpoint.keep_best', run.keep_best, names)
     if run.keep_best is not None and run.periods.save % run.periods.evaluate:
         raise UserError(
             f'checkpoint.keep_best needs an evaluation at each checkpoint: '

@@ -7,13 +7,16 @@ evaluation of that step. A run that averages its parameters has a fourth, `avera
 """
 
 import contextlib
+import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vit_jax.averaging import mean_of
@@ -49,11 +52,15 @@ class Checkpoints:
         read_only: bool = False,
     ):
         policies = [preservation_policy.LatestN(keep)]
+        score = None
         if keep_best is not None:
-            policies.append(_keep_best(keep_best))
+            score = _score(keep_best)
+            policies.append(_keep_best(score))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=score,  # so that the metrics are stored, and known when we go on
             read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of saves that were cut off
         )
         self._folder = (workdir / 'checkpoints').absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -154,18 +161,18 @@ class Checkpoints:
         args = ocp.args.Composite(**items)
         steps = self.steps()[::-1]
         for step in steps:
+            self._check_structure(step, 'variables', like.variables)
+            self._check_structure(step, 'optimizer', optimizer)
+            restored = None
             try:
                 restored = self._manager.restore(step, args=args)
             except Exception as error:  # Orbax raises whatever its readers raise
                 log.warning('checkpoint %d cannot be read (%s)', step, reason(error))
+            if not _everywhere(restored is not None):
                 continue
-            for damaged in steps[: steps.index(step)]:
-                # Out of the way but not lost: the fault may be in the file system.
-                target = self._folder / f'unreadable-{damaged}'
-                (self._folder / str(damaged)).rename(target)
-                log.warning('going on from checkpoint %d; kept %s', step, target)
+            assert restored is not None
             if steps[0] != step:
-                self._manager.reload()
+                self._set_aside(steps[: steps.index(step)], step)
             state = TrainState(
                 variables=restored.variables,
                 average=restored.get('average'),
@@ -178,6 +185,32 @@ class Checkpoints:
                 'read; move the folder away to start anew'
             )
         return None
+
+    def _check_structure(self, step: int, item: str, like: Any) -> None:
+        """Raises UserError for a checkpoint of another model or optimizer."""
+        try:
+            stored = _stored_tree(self._folder / str(step) / item)
+            there = [tuple(x.shape) for x in jax.tree.leaves(stored)]
+        except Exception:  # a damaged one, as will be told when it is read
+            return
+        here = [tuple(x.shape) for x in jax.tree.leaves(like)]
+        if sorted(there) != sorted(here):
+            raise UserError(
+                f'checkpoint {step} in {self._folder} holds {len(there)} arrays of '
+                f'{item}, this run has {len(here)}, or others: a config that changes '
+                'them needs another --workdir; see config.init.weights'
+            )
+
+    def _set_aside(self, damaged: Sequence[int], step: int) -> None:
+        """Out of the way but not lost: the fault may be in the file system."""
+        for number in damaged if jax.process_index() == 0 else ():
+            names = (f'unreadable-{number}{"-" * i}' for i in itertools.count())
+            targets = (self._folder / name for name in names)
+            target = next(path for path in targets if not path.exists())
+            (self._folder / str(number)).rename(target)
+            log.warning('going on from checkpoint %d; kept %s', step, target)
+        _everywhere(True)  # all wait for the renaming
+        self._manager.reload()
 
     def load_metadata(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of itself."""
@@ -224,6 +257,13 @@ def load_metadata(workdir: pathlib.Path, step: int | None = None) -> dict[str, A
         return checkpoints.load_metadata(step)
 
 
+def _everywhere(holds: bool) -> bool:
+    """Whether it holds on all processes, which meet here."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
+
+
 class Choice(NamedTuple):
     """Weights of a run.
 
@@ -265,20 +305,23 @@ def choose(workdir: pathlib.Path, wanted: str) -> Choice:
                 )
             found = {step: checkpoints.load_metadata(step) for step in steps}
             score = _score(metric)
-            step = max(
-                (step for step in steps if 'evaluation' in found[step]),
-                key=lambda step: score(found[step]['evaluation']),
-            )
+            steps = [n for n in steps if metric in found[n].get('evaluation', {})]
+            if not steps:
+                raise UserError(f'{workdir} has no best yet: no {metric} is stored')
+            step = max(steps, key=lambda step: score(found[step]['evaluation']))
             item = 'average' if metric.startswith('ema_') else 'variables'
             return Choice((step,), item)
     name, _, number = wanted.partition(':')
-    if name == 'last' and number.isdecimal() and 0 < int(number) <= len(steps):
-        return Choice(tuple(steps[-int(number) :]))
+    # Where a run was stopped by a signal is no place of its own.
+    period = config.get('checkpoint', {}).get('every_steps', 1)
+    regular = [step for step in steps if step % period == 0 or step == latest]
+    if name == 'last' and number.isdecimal() and 0 < int(number) <= len(regular):
+        return Choice(tuple(regular[-int(number) :]))
     if wanted.isdecimal() and int(wanted) in steps:
         return Choice((int(wanted),))
     raise UserError(
         f'{workdir}@{wanted} is none of its weights: @latest, @best, @ema, '
-        f'@last:N up to {len(steps)}, or @ one of the steps {some(map(str, steps))}'
+        f'@last:N up to {len(regular)}, or @ one of the steps {some(map(str, steps))}'
     )
 
 
@@ -315,16 +358,20 @@ def stored_shapes(workdir: pathlib.Path, choice: Choice) -> Variables:
     step = choice.steps[-1]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(folder / str(step) / choice.item)
-        tree = metadata.item_metadata
-        if tree is None:
-            raise ValueError('the list of its arrays is damaged')
-        return shapes_on(sharding, dict(tree.items()))
+        return shapes_on(sharding, _stored_tree(folder / str(step) / choice.item))
     except Exception as error:  # Orbax raises whatever its readers raise
         raise UserError(
             f'checkpoint {step} in {folder} cannot be read: {reason(error)}'
         ) from error
+
+
+def _stored_tree(folder: pathlib.Path) -> dict[str, Any]:
+    """What an item of a checkpoint holds: a tree of shapes and dtypes."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata
+    if tree is None:
+        raise ValueError('the list of its arrays is damaged')
+    return dict(tree.items())
 
 
 def shapes_on(sharding: Any, tree: Any) -> Any:
@@ -347,9 +394,11 @@ def _score(metric: str) -> Callable[[dict[str, float]], float]:
     return lambda evaluation: sign * evaluation[metric]
 
 
-def _keep_best(metric: str) -> preservation_policy.PreservationPolicy:
+def _keep_best(
+    score: Callable[[dict[str, float]], float],
+) -> preservation_policy.PreservationPolicy:
     return preservation_policy.BestN(
-        get_metric_fn=_score(metric),
+        get_metric_fn=score,
         n=1,
         keep_checkpoints_without_metrics=False,
     )

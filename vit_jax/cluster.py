@@ -6,6 +6,7 @@ scheduler, which JAX asks itself: https://docs.jax.dev/en/latest/multi_process.h
 """
 
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -88,7 +89,10 @@ def join(
             with _Notice(f'this process waits for the others, which {kind} tells of'):
                 jax.distributed.initialize(local_device_ids=devices, **timeouts)
         except Exception as error:  # whatever JAX's questions to the cluster raise
-            if kind == 'TPU':  # one host, whose maker has no metadata to ask
+            # Nobody speaks of hosts, and no metadata server answers (an error of
+            # `requests` is an OSError; those of a failed join are not).
+            unknown = kind == 'TPU' and _tpu_hosts(os.environ) is None
+            if unknown and isinstance(error, OSError):
                 print(f'a TPU of one host ({reason(error)})', file=sys.stderr)
                 return
             raise UserError(
@@ -103,13 +107,18 @@ def join(
         print(f'{count} processes, {how}', file=sys.stderr, flush=True)
 
 
+def is_joined() -> bool:
+    """Whether this process is one of several; JAX hears their signals then."""
+    jax = sys.modules.get('jax')
+    return jax is not None and jax.distributed.is_initialized()
+
+
 def leave(code: int) -> None:
     """Ends a process that failed, at once; returns where there is only one.
 
     An ordinary exit would wait for the others to end too, which wait for this one.
     """
-    jax = sys.modules.get('jax')
-    if jax is None or not jax.distributed.is_initialized():
+    if not is_joined():
         return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody listens any more
@@ -152,12 +161,10 @@ def detect(environ: Mapping[str, str]) -> str | None:
         return 'Slurm'
     platforms = environ.get('JAX_PLATFORMS') or 'tpu'
     if environ.get('TPU_ML_PLATFORM') == 'JAX' and 'tpu' in platforms:
-        hosts = environ.get('TPU_WORKER_HOSTNAMES')
-        hosts = environ.get('TPU_PROCESS_ADDRESSES', hosts)
-        slices = int(environ.get('MEGASCALE_NUM_SLICES', '1'))
+        hosts = _tpu_hosts(environ)
         # Where no variable says it, JAX asks the host's metadata server.
         ask = hosts is None and 'TPU_SKIP_MDS_QUERY' not in environ
-        if ask or slices > 1 or ',' in (hosts or ''):
+        if ask or (hosts or 0) > 1:
             return 'TPU'
     return None
 
@@ -171,7 +178,7 @@ def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
     >>> slurm_devices({'CUDA_VISIBLE_DEVICES': '0,1', 'SLURM_STEP_TASKS_PER_NODE': '1'})
     [0, 1]
     """
-    seen = [name for name in environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
+    seen = visible_gpus(environ)
     if not seen or 'JAX_LOCAL_DEVICE_IDS' in environ:
         return None
     tasks = environ.get('SLURM_STEP_TASKS_PER_NODE', '')
@@ -179,10 +186,35 @@ def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
     return list(range(len(seen))) if alone or len(seen) == 1 else None
 
 
+def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:
+    """Names of the GPUs that CUDA_VISIBLE_DEVICES lets a process see; None: all.
+
+    CUDA reads up to the first that there cannot be.
+
+    >>> visible_gpus({'CUDA_VISIBLE_DEVICES': '2,GPU-8932f937,-1,3'})
+    ['2', 'GPU-8932f937']
+    """
+    visible = environ.get('CUDA_VISIBLE_DEVICES')
+    if visible is None:
+        return None
+    names = (name.strip() for name in visible.split(','))
+    return list(itertools.takewhile(lambda name: name and name[0] != '-', names))
+
+
 def free_port() -> int:
     """A port of this host that nobody listens at."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         return server.getsockname()[1]
+
+
+def _tpu_hosts(environ: Mapping[str, str]) -> int | None:
+    """How many hosts the variables of a TPU tell of; None where they do not."""
+    hosts = environ.get('TPU_WORKER_HOSTNAMES')
+    hosts = environ.get('TPU_PROCESS_ADDRESSES', hosts)
+    slices = int(environ.get('MEGASCALE_NUM_SLICES', '1'))
+    if hosts is None and slices == 1:
+        return None
+    return slices * len((hosts or '').split(','))
 
 
 def _given(

@@ -58,8 +58,10 @@ class Stopped(Exception):
 
     Attributes:
       step: the last one that was made.
+      waiting: whether it waited for data, whose threads may hang.
     """
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, waiting: bool = False):
         super().__init__(f'stopped after step {step}, saved; the same command goes on')
         self.step = step
+        self.waiting = waiting

@@ -45,6 +45,7 @@ def feed_from_device(
     make_batch: MakeBatch,
     calls: Callable[[int], Iterator[int]],
     parallel: Parallel,
+    timeout_seconds: float,
 ) -> Generator[dict[str, Any]]:
     """The examples, whole on every device, and the positions of the next steps.
 
@@ -55,6 +56,7 @@ def feed_from_device(
       make_batch: which of them a step takes.
       calls: steps made before -> the step after each call.
       parallel: where the devices are.
+      timeout_seconds: of decoding, after which it is told that it goes on.
     """
 
     def put(tree: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -63,9 +65,13 @@ def feed_from_device(
             for key, value in tree.items()
         }
 
-    memory = jax.local_devices()[0].memory_stats() or {}
-    limit = memory.get('bytes_limit')
-    data = put(load(memory=limit and limit - memory['bytes_in_use']))
+    def examples() -> Iterator[Mapping[str, np.ndarray]]:
+        memory = jax.local_devices()[0].memory_stats() or {}
+        limit = memory.get('bytes_limit')
+        yield load(memory=limit and limit - memory['bytes_in_use'])
+
+    with closing(Watch(examples(), timeout_seconds)) as watched:
+        data = put(next(watched))
     for end in calls(step):
         first = make_batch.first(position, end - step)
         position += make_batch.order.batch_size * (end - step)

@@ -17,19 +17,14 @@ class Hardware(NamedTuple):
     Attributes:
       name: as its users call it.
       flops: bfloat16 operations a second, a multiply-add being two; no sparsity.
-      hbm_bytes: its memory. Makers write GB and mean GiB.
-      hbm_bandwidth: bytes a second to and from that memory.
-      interconnect: bytes a second to and from other chips, both directions together;
-        None where there is none, or none was published in this form.
+      hbm_bandwidth: bytes a second to and from its memory.
       cores: devices that make up a chip. The numbers above are a device's share.
       source: the page that says so.
     """
 
     name: str
     flops: float
-    hbm_bytes: int
     hbm_bandwidth: float
-    interconnect: float | None
     cores: int
     source: str
 
@@ -37,9 +32,7 @@ class Hardware(NamedTuple):
 def _chip(
     name: str,
     teraflops: float,
-    gib: float,
     gigabytes_per_second: float,
-    interconnect: float | None,
     source: str,
     cores: int = 1,
 ) -> Hardware:
@@ -47,36 +40,34 @@ def _chip(
     return Hardware(
         name=name,
         flops=teraflops * 1e12 / cores,
-        hbm_bytes=int(gib * GIB) // cores,
         hbm_bandwidth=gigabytes_per_second * 1e9 / cores,
-        interconnect=None if interconnect is None else interconnect * 1e9 / cores,
         cores=cores,
         source=source,
     )
 
 
-_V5E = _chip('TPU v5e', 197, 16, 819, 400, CLOUD_TPU + 'v5e')
-_V5P = _chip('TPU v5p', 459, 95, 2765, 1200, CLOUD_TPU + 'tpu7x')
-_V6E = _chip('TPU v6e', 918, 32, 1638, 800, CLOUD_TPU + 'v6e')
+_V5E = _chip('TPU v5e', 197, 819, CLOUD_TPU + 'v5e')
+_V5P = _chip('TPU v5p', 459, 2765, CLOUD_TPU + 'tpu7x')
+_V6E = _chip('TPU v6e', 918, 1638, CLOUD_TPU + 'v6e')
 
 # By the device_kind that JAX reports; some kinds have had two names.
 HARDWARE: dict[str, Hardware] = {
-    'TPU v3': _chip('TPU v3', 123, 32, 900, None, CLOUD_TPU + 'v3', cores=2),
-    'TPU v4': _chip('TPU v4', 275, 32, 1200, None, CLOUD_TPU + 'v4'),
+    'TPU v3': _chip('TPU v3', 123, 900, CLOUD_TPU + 'v3', cores=2),
+    'TPU v4': _chip('TPU v4', 275, 1200, CLOUD_TPU + 'v4'),
     'TPU v5 lite': _V5E,
     'TPU v5e': _V5E,
     'TPU v5': _V5P,
     'TPU v5p': _V5P,
     'TPU v6 lite': _V6E,
     'TPU v6e': _V6E,
-    'TPU7x': _chip('TPU7x', 2307, 192, 7380, 1200, CLOUD_TPU + 'tpu7x', cores=2),
-    'NVIDIA A100-SXM4-40GB': _chip('A100', 312, 40, 1555, 600, NVIDIA + 'a100/'),
-    'NVIDIA A100-SXM4-80GB': _chip('A100', 312, 80, 2039, 600, NVIDIA + 'a100/'),
-    'NVIDIA A100-PCIE-40GB': _chip('A100', 312, 40, 1555, None, NVIDIA + 'a100/'),
-    'NVIDIA A100 80GB PCIe': _chip('A100', 312, 80, 1935, None, NVIDIA + 'a100/'),
-    'NVIDIA H100 80GB HBM3': _chip('H100', 989, 80, 3350, 900, NVIDIA + 'h100/'),
-    'NVIDIA H200': _chip('H200', 989, 141, 4800, 900, NVIDIA + 'h200/'),
-    'NVIDIA L40S': _chip('L40S', 362.05, 48, 864, None, NVIDIA + 'l40s/'),
+    'TPU7x': _chip('TPU7x', 2307, 7380, CLOUD_TPU + 'tpu7x', cores=2),
+    'NVIDIA A100-SXM4-40GB': _chip('A100', 312, 1555, NVIDIA + 'a100/'),
+    'NVIDIA A100-SXM4-80GB': _chip('A100', 312, 2039, NVIDIA + 'a100/'),
+    'NVIDIA A100-PCIE-40GB': _chip('A100', 312, 1555, NVIDIA + 'a100/'),
+    'NVIDIA A100 80GB PCIe': _chip('A100', 312, 1935, NVIDIA + 'a100/'),
+    'NVIDIA H100 80GB HBM3': _chip('H100', 989, 3350, NVIDIA + 'h100/'),
+    'NVIDIA H200': _chip('H200', 989, 4800, NVIDIA + 'h200/'),
+    'NVIDIA L40S': _chip('L40S', 362.05, 864, NVIDIA + 'l40s/'),
 }
 
 

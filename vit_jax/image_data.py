@@ -162,7 +162,9 @@ def _train_transform(
     c: ConfigReader, image_shape: tuple[int, int, int], mean: tuple[float, ...]
 ) -> TrainTransform:
     crop, spec = c.augment.crop, c.augment.randaugment
-    randaugment = spec and parse_randaugment(spec, mean, _interpolation(c))
+    randaugment = None
+    if spec is not None:
+        randaugment = parse_randaugment(spec, mean, _interpolation(c))
     return TrainTransform(
         size=image_shape[:2],
         channels=image_shape[2],

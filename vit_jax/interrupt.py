@@ -1,12 +1,17 @@
 """SIGTERM and SIGINT: a request to save and stop, between two steps."""
 
+import contextlib
+import itertools
 import os
 import signal
 import threading
 import types
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+_polls = itertools.count(1)
 
 
 class StopSignals:
@@ -17,7 +22,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
+        self._interrupting = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> 'StopSignals':
@@ -34,18 +40,37 @@ class StopSignals:
         self._restore()
 
     def _remember(self, number: int, frame: types.FrameType | None) -> None:
-        self._asked = True
+        self.asked = True
         self._restore()
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # tells all the processes
+        elif self._interrupting:
+            raise KeyboardInterrupt
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
 
-    def stop_after(self, step: int) -> bool:
+    def stop(self) -> bool:
         """Whether training stops after this step; on all processes alike."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+            # They agree on a number of ours that grows by one each time, as a step of
+            # several does not.
+            return multihost_utils.reached_preemption_sync_point(next(_polls))
+        return self.asked
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Where the first signal raises KeyboardInterrupt, of a single process.
+
+        For what may wait for ever, such as data that does not come. Raises at once
+        where the signal has come before.
+        """
+        if self.asked:
+            raise KeyboardInterrupt
+        self._interrupting = True
+        try:
+            yield
+        finally:
+            self._interrupting = False

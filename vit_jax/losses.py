@@ -20,8 +20,8 @@ def smooth_labels(label: Array, num_classes: int, share: float = 0.0) -> Array:
     Returns:
       `[B, V]` float32, each row of sum 1.
 
-    >>> smooth_labels(jnp.array([1]), 4, 0.4)
-    Array([[0.1, 0.7, 0.1, 0.1]], dtype=float32)
+    >>> smooth_labels(jnp.array([1]), 4, 0.5)
+    Array([[0.125, 0.625, 0.125, 0.125]], dtype=float32)
     """
     return optax.smooth_labels(jax.nn.one_hot(label, num_classes), share)
 

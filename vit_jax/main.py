@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Stopped as stopped:  # as asked: no error
-        print(f'vit_jax: {stopped}', file=sys.stderr)
+        print(f'vit_jax: {stopped}', file=sys.stderr, flush=True)
+        if stopped.waiting:
+            os._exit(0)  # Python would wait for threads that read
         return 0
     except UserError as error:
         print(f'vit_jax: error: {error}', file=sys.stderr)

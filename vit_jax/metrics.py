@@ -56,6 +56,8 @@ def per_step(calls: Iterable[Metrics]) -> list[Metrics]:
 def mean(batches: Iterable[Metrics]) -> dict[str, float]:
     """The weighted mean of each metric over batches, summed in float64.
 
+    Metrics of no weight at all are left out.
+
     >>> mean([{'loss': (6.0, 2.0)}, {'loss': (1.0, 1.0)}])
     {'loss': 2.3333333333333335}
     """
@@ -63,4 +65,6 @@ def mean(batches: Iterable[Metrics]) -> dict[str, float]:
     for batch in batches:
         for name, pair in batch.items():
             sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
-    return {name: float(total / weight) for name, (total, weight) in sums.items()}
+    return {
+        name: float(total / weight) for name, (total, weight) in sums.items() if weight
+    }

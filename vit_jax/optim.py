@@ -170,9 +170,11 @@ def make_optimizer(
         steps = [*_adafactor_moments(b1, b2), *decay, descend]
     if any(group.learning_rate != 1.0 for group in trained):
         steps.append(_scale_by_factors(groups))
-    tx = optax.chain(*steps)
+    # Of the same structure with and without clipping, which a run may so begin late.
+    clip = optax.identity()
     if clip_norm is not None:
-        tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+        clip = optax.clip_by_global_norm(clip_norm)
+    tx = optax.chain(clip, optax.chain(*steps))
     if len(trained) < len(groups):
         parts = {'trained': tx, 'frozen': optax.set_to_zero()}
         return optax.partition(

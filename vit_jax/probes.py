@@ -57,16 +57,20 @@ def headless(model: nn.Module) -> nn.Module:
     return model.clone(num_classes=None)
 
 
-def extract_features(run: Run, variables: Variables, data: Watch) -> Features:
+def extract_features(
+    run: Run, variables: Variables, data: Watch, split: str = ''
+) -> Features:
     """The features of every example, computed on all devices of the run.
 
     Args:
       run: of which the model, the normalisation and the devices count.
       variables: of its model; those of the classifier are not used.
       data: host batches, `run.probe_data()` or `run.eval_data()`; closed at the end.
+      split: their name, for errors.
 
     Raises:
-      UserError: for a model whose features are not one vector for an image.
+      UserError: for a model whose features are not one vector for an image, and for
+        features that are not finite.
     """
     seen = run.metadata['preprocessing']
     step = run.parallel.eval_step(
@@ -92,7 +96,14 @@ def extract_features(run: Run, variables: Variables, data: Watch) -> Features:
             'probe needs one vector for an image'
         )
     real = weights > 0  # others only fill the last batch
-    return Features(features[real], labels[real])
+    features, labels = features[real], labels[real]
+    bad = np.count_nonzero(~np.isfinite(features).all(axis=1))
+    if bad:
+        raise UserError(
+            f'the features of {bad:,} of {len(features):,} {split or "given"} examples '
+            'are not finite: the weights hold NaN, or are too large for config.dtype'
+        )
+    return Features(features, labels)
 
 
 def _feature_step(

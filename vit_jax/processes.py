@@ -4,8 +4,10 @@ When one dies, jaxlib aborts the others in C++, but only after the heartbeat's t
 and with much noise; whoever started them knows at once, and says it in a line.
 """
 
+import contextlib
 import importlib.util
 import os
+import pkgutil
 import re
 import selectors
 import shutil
@@ -37,7 +39,8 @@ def run_local(
 ) -> int:
     """Runs a command in processes on this host, and watches them.
 
-    SIGTERM and SIGINT are passed on as SIGTERM; the second one kills.
+    SIGTERM, SIGINT and SIGHUP (the terminal is closed) are passed on as SIGTERM; the
+    second one kills.
 
     Args:
       command: words of the command line, without `vit_jax`.
@@ -65,10 +68,10 @@ def run_local(
         for i, environ in enumerate(environs)
     ]
     watch = Watch(processes, command[0], verbose)
-    previous = {
-        number: signal.signal(number, watch.take_signal)
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, watch.take_signal) for number in numbers}
     try:
         return watch.run()
     finally:
@@ -122,15 +125,22 @@ def count_gpus(environ: Mapping[str, str]) -> list[str]:
     platforms = environ.get('JAX_PLATFORMS') or 'cuda'
     if not {'cuda', 'gpu'} & set(platforms.split(',')):
         return []
-    visible = environ.get('CUDA_VISIBLE_DEVICES')
+    if not _has_cuda_plugin():
+        return []
+    visible = cluster.visible_gpus(environ)
     if visible is not None:
-        return [name for name in visible.split(',') if name]
-    if importlib.util.find_spec('jax_plugins') is None or not shutil.which(
-        'nvidia-smi'
-    ):
+        return visible
+    if not shutil.which('nvidia-smi'):
         return []
     listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True)
     return [str(i) for i in range(len(re.findall(r'^GPU ', listed.stdout, re.M)))]
+
+
+def _has_cuda_plugin() -> bool:
+    """Whether JAX can use NVIDIA's GPUs; without importing it."""
+    plugins = importlib.util.find_spec('jax_plugins')
+    paths = plugins and plugins.submodule_search_locations
+    return any('cuda' in module.name for module in pkgutil.iter_modules(paths or []))
 
 
 class Watch:
@@ -159,8 +169,10 @@ class Watch:
             self._selector.register(process.stderr, selectors.EVENT_READ, i)
 
     def take_signal(self, number: int, frame: Any) -> None:
-        """A handler of SIGTERM and SIGINT."""
-        self._signals.append(number)
+        """A handler of signals that end a process."""
+        # A terminal that is closed says so twice: by its shell, and by the kernel.
+        if number != signal.SIGHUP or not self._signals:
+            self._signals.append(number)
 
     def run(self) -> int:
         """Watches; returns the exit code of `run_local`."""
@@ -284,8 +296,7 @@ class Watch:
                 if line in self._said:
                     continue
                 line = f'[{i}] '.encode() + line
-            sys.stderr.buffer.write(line + b'\n')
-        sys.stderr.buffer.flush()
+            _write(line)
 
 
 def first_failed(codes: Sequence[int | None], last: Sequence[bytes]) -> int:
@@ -327,4 +338,10 @@ def how_it_ended(code: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(f'vit_jax launch: {text}', file=sys.stderr, flush=True)
+    _write(f'vit_jax launch: {text}'.encode())
+
+
+def _write(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # the terminal is closed, the processes go on
+        sys.stderr.buffer.write(line + b'\n')
+        sys.stderr.buffer.flush()

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from vit_jax.build import Run
+from vit_jax.data.resident import MakeBatch, scan_steps
 from vit_jax.errors import UserError, unknown
 from vit_jax.hardware import find_hardware
 from vit_jax.parallel import bytes_per_device
@@ -85,7 +87,8 @@ class Memory(NamedTuple):
     """Bytes that the step takes on one device.
 
     Attributes:
-      arguments: by kind, 'parameters', 'optimizer', 'batch'..., without padding.
+      arguments: by kind, 'parameters', 'optimizer', 'batch' (or 'data', where all
+        examples are on every device)..., without padding.
       padding: what the layout of the arguments on the device adds to them.
       outputs: results that do not take the place of an argument.
       temporaries: activations, gradients and other intermediate results.
@@ -260,10 +263,11 @@ def compile_for(
       UserError: when the run does not fit these devices but for their memory.
     """
     run = run_on(run, devices)
-    traced = _trace(run)
+    function, feed, count = _steps(run)
+    traced = _trace(run, function, feed)
     with _for_devices(run):
         lowered = traced.lower(lowering_platforms=(devices[0].platform,))
-    flops = 2.0 * count_macs(traced.jaxpr.jaxpr) / len(devices)
+    flops = 2.0 * count_macs(traced.jaxpr.jaxpr) / len(devices) / count
 
     # Counts are taken from the program of least effort: further ones move tensors
     # between memory and the chip ahead of their use, and XLA counts that twice over.
@@ -321,6 +325,8 @@ def largest_batch(
         raise UserError(f'the memory of {report.device_kind!r} devices is not known')
     run = run_on(run, devices)
     unit = run.parallel.data * run.parallel.fsdp * run.parallel.accum_steps
+    if _settings(run).augment.mixes:  # whole pairs of rows
+        unit = math.lcm(unit, 2)
     # A size that takes more than half of the limit, and fits: from far away, what
     # does not grow with the batch hides what does.
     proportional = report.batch_size * limit / report.memory.total
@@ -405,20 +411,57 @@ def count_collectives(text: str) -> dict[str, int]:
     return dict(total)
 
 
-def _trace(run: Run) -> Any:
+def _settings(run: Run) -> Any:
+    """What the task reads from the config; see `vit_jax.tasks.classify.Settings`."""
+    return run.train_step.keywords['settings']  # type: ignore[attr-defined]
+
+
+def _make_batch(run: Run) -> MakeBatch | None:
+    """Which examples on the device a step takes; None where batches come to it."""
+    make_batch = run.feed.keywords.get('make_batch')  # type: ignore[attr-defined]
+    if make_batch is None:
+        return None
+    # Of another batch size, see `with_batch_size`.
+    order = dataclasses.replace(make_batch.order, batch_size=run.batch_size)
+    return dataclasses.replace(make_batch, order=order)
+
+
+def _steps(run: Run) -> tuple[Callable, dict[str, Any], int]:
+    """What `train` compiles: the function, shapes of its feed, steps that it makes.
+
+    With the data on the device, that is as many steps as the first call makes.
+    """
+    make_batch = _make_batch(run)
+    if make_batch is None:
+        return run.train_step, run.batch_shape, 1
+    count = next(run.periods.calls(0, run.num_steps))
+    feed = {'data': _data_shape(run, make_batch), 'first': make_batch.first(0, count)}
+    return scan_steps(run.train_step, make_batch, run.parallel.rows), feed, count
+
+
+def _data_shape(run: Run, make_batch: MakeBatch) -> dict[str, jax.ShapeDtypeStruct]:
+    count = make_batch.order.num_examples
+    return {
+        key: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
+        for key, x in run.batch_shape.items()
+    }
+
+
+def _trace(run: Run, function: Callable, feed: dict[str, Any]) -> Any:
     """The run's own step, traced for the devices of `run.parallel`."""
     parallel = run.parallel
+    feed_sharding = parallel.rows if feed is run.batch_shape else parallel.replicated
 
-    def place(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     state = jax.tree.map(
         place, run.state_shape, parallel.state_sharding(run.state_shape)
     )
-    batch = {key: place(x, parallel.rows) for key, x in run.batch_shape.items()}
+    feed = jax.tree.map(lambda x: place(x, feed_sharding), feed)
     with _for_devices(run):
-        step: Any = parallel.train_step(run.train_step, run.state_shape)
-        return step.trace(state, batch)
+        step: Any = parallel.train_step(function, run.state_shape)
+        return step.trace(state, feed)
 
 
 def _for_devices(run: Run) -> contextlib.AbstractContextManager:
@@ -457,7 +500,7 @@ def _memory(
 
 
 def _arguments(run: Run) -> dict[str, int]:
-    """Bytes of the state and the batch on one device, by kind, without padding."""
+    """Bytes of state and batch, or data, on one device, by kind, without padding."""
     names = {'variables': 'parameters', 'opt_state': 'optimizer'}
     sharding = run.parallel.state_sharding(run.state_shape)
     sizes = {
@@ -467,8 +510,14 @@ def _arguments(run: Run) -> dict[str, int]:
         for field in dataclasses.fields(run.state_shape)  # type: ignore[arg-type]
     }
     sizes.pop('step')  # four bytes
-    rows = dict.fromkeys(run.batch_shape, run.parallel.rows)
-    sizes['batch'] = bytes_per_device(run.batch_shape, rows)
+    make_batch = _make_batch(run)
+    if make_batch is None:
+        rows = dict.fromkeys(run.batch_shape, run.parallel.rows)
+        sizes['batch'] = bytes_per_device(run.batch_shape, rows)
+    else:
+        data = _data_shape(run, make_batch)
+        whole = dict.fromkeys(data, run.parallel.replicated)
+        sizes['data'] = bytes_per_device(data, whole)
     return {name: size for name, size in sizes.items() if size}
 
 

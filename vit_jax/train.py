@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import jax
@@ -21,9 +21,12 @@ from vit_jax.parallel import bytes_per_device
 from vit_jax.state import TrainState
 from vit_jax.summary import count_params
 from vit_jax.telemetry import Clock, Profile, warn_of_cpu, warn_of_waiting
-from vit_jax.typing import Metrics
-from vit_jax.workdir import open_workdir
+from vit_jax.typing import Metrics, Variables
+from vit_jax.workdir import open_workdir, write_launch
 from vit_jax.writer import MetricWriter, Progress, format_metrics, read_metrics
+
+# Steps in a row without a finite gradient, after which skipping them is no way on.
+MANY_SKIPPED = 20
 
 
 def train(
@@ -50,10 +53,11 @@ def train(
       Stopped: after SIGTERM or SIGINT, when the state is saved.
     """
     workdir = pathlib.Path(workdir)
+    config = run.metadata['config']
     with (
-        open_workdir(workdir, run.metadata['config'], allow_changes),
-        Checkpoints(workdir, run.keep, run.keep_best) as checkpoints,
+        open_workdir(workdir, config, allow_changes),
         StopSignals() as signals,
+        Checkpoints(workdir, run.keep, run.keep_best) as checkpoints,
     ):
         run.eval_data().close()  # data that is not there is missed now, not at the end
 
@@ -74,25 +78,55 @@ def train(
         if run.load_teacher:
             teacher = run.load_teacher(sharding=run.parallel.leaf_sharding)
             state = state.replace(teacher=teacher)  # type: ignore[attr-defined]
+        write_launch(workdir, config)
 
         train_step = run.parallel.train_step(run.train_steps, run.state_shape)
         eval_step = run.parallel.eval_step(run.eval_step)
+        pending: list[Metrics] = []  # of the steps since the last log, on device
+        once: dict[str, float] = {}  # what the first log says beside the others
+        clock = Clock(run)
         with (
             closing(run.feed(step, position)) as batches,
             MetricWriter(workdir, step, run.tensorboard, run.wandb) as writer,
             Progress(step, run.num_steps) as progress,
             Profile(workdir, run.periods.profile) as profile,
         ):
-            progress.say(_describe(run, step, shardings))
-            pending: list[Metrics] = []  # of the steps since the last log, on device
-            evaluation: dict[str, float] = {}  # of this step
-            clock = Clock(run)
-            compiled = False
 
+            def log() -> None:
+                values = _fetch(pending, step, state)
+                values['learning_rate'] = float(run.schedule(step - 1))
+                values |= _seen(run, position)
+                rates = clock.rates()
+                writer.write(step, _prefix('train/', values | rates | once))
+                once.clear()
+                progress.train(step, values, rates)
+                progress.say_once('waiting', warn_of_waiting(rates))
+                pending.clear()
+                clock.start()
+
+            def save(evaluation: dict[str, float] | None = None) -> None:
+                _fetch(pending, step, state)  # raises if a step was not finite
+                metadata = {**run.metadata, 'position': position}
+                checkpoints.save(step, state, metadata, evaluation)
+                clock.start()
+
+            progress.say(_describe(run, step, shardings))
+            first = step + 1
+            stop = False
             for end in run.periods.calls(step, run.num_steps):
                 profile.before(step + 1)
                 steps = end - step  # of this call: one, or several of data on device
-                batch = clock.wait_for(batches, steps)
+                try:
+                    with signals.interrupting():
+                        batch = clock.wait_for(batches, steps)
+                except KeyboardInterrupt:
+                    if not signals.asked:
+                        raise
+                    # Asked to stop between two steps, perhaps in a wait without end.
+                    if checkpoints.latest_step() != step:
+                        save()
+                    checkpoints.wait()
+                    raise Stopped(step, waiting=True) from None
                 state, step_metrics = train_step(state, batch)
                 step, position = end, position + steps * run.batch_size
                 pending.append(step_metrics)
@@ -102,27 +136,24 @@ def train(
                 jax.block_until_ready(two_calls_ago)
                 progress.advance(steps)
                 profile.after(step, state)
-                if not compiled:
+                if step - steps < first <= step:
                     jax.block_until_ready(step_metrics)
+                    once['compile_seconds'] = clock.seconds()
                     progress.say(f'first step, compiled: {clock.seconds():.1f} s')
-                    writer.write(step, {'train/compile_seconds': clock.seconds()})
-                    compiled = True
                     clock.start()
 
-                if step % run.periods.log == 0 or step == run.num_steps:
-                    values = _fetch(pending, step, state)
-                    values['learning_rate'] = float(run.schedule(step - 1))
-                    values['examples_seen'] = position
-                    rates = clock.rates()
-                    writer.write(step, _prefix('train/', values | rates))
-                    progress.train(step, values, rates)
-                    progress.say_once('waiting', warn_of_waiting(rates))
-                    pending = []
-                    clock.start()
+                last = step == run.num_steps
+                stop = signals.stop()
+                if step % run.periods.log == 0 or last or stop:
+                    log()
+                if stop and not last:  # who asked may not wait for an evaluation
+                    save()
+                    checkpoints.wait()
 
-                if step % run.periods.evaluate == 0 or step == run.num_steps:
+                evaluation: dict[str, float] = {}
+                if step % run.periods.evaluate == 0 or last:
                     evaluation = _evaluate(run, state, eval_step, step)
-                    if step == run.num_steps and run.average:
+                    if last and run.average:
                         evaluation |= _evaluate_average(
                             run, state, eval_step, checkpoints, shardings
                         )
@@ -132,18 +163,15 @@ def train(
                     )
                     clock.start()
 
-                # Last, so that all metrics up to a checkpoint's step are written.
-                stop = signals.stop_after(step)
-                if step % run.periods.save == 0 or step == run.num_steps or stop:
-                    _fetch(pending, step, state)  # raises if a step was not finite
-                    metadata = {**run.metadata, 'position': position}
-                    checkpoints.save(step, state, metadata, evaluation or None)
-                    clock.start()
-                if stop and step < run.num_steps:
-                    checkpoints.wait()
+                if stop and not last:
                     raise Stopped(step)
-                result, evaluation = evaluation, {}
-    return result
+                # Last, so that all metrics up to a checkpoint's step are written.
+                if step % run.periods.save == 0 or last:
+                    save(evaluation)
+        checkpoints.wait()
+        if stop or signals.asked:
+            raise Stopped(step)
+    return evaluation
 
 
 def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
@@ -158,10 +186,11 @@ def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
     here = json.loads(json.dumps(run.metadata))
     # Older checkpoints say less of their model.
     here['model'] = {k: v for k, v in here['model'].items() if k in there['model']}
-    for key in ('model', 'class_names', 'num_train_examples'):
-        if there[key] != here[key]:
+    for key in ('model', 'class_names', 'num_train_examples', 'teacher'):
+        if there.get(key) != here.get(key):
             raise UserError(
-                f'the run was begun with {key} {there[key]}, now it is {here[key]}; '
+                f'the run was begun with {key} {there.get(key)}, now it is '
+                f'{here.get(key)}; '
                 'choose another --workdir'
             )
     if step > run.num_steps:
@@ -177,7 +206,7 @@ def _fetch(
 
     Raises:
       UserError: when a metric, the gradient's norm among them, was not finite; names
-        the first such step. Also when every step was skipped for that reason.
+        the first such step. Also when all of many steps were skipped for that reason.
     """
     steps = metrics.per_step(jax.device_get(pending))
     for i, pairs in enumerate(steps):
@@ -198,14 +227,22 @@ def _fetch(
                 'is kept. Try a lower learning rate, a longer warm-up or '
                 'optim.clip_norm'
             )
-    skipped = sum(pairs['skipped'][0] for pairs in steps if 'skipped' in pairs)
-    if steps and skipped == len(steps):
-        raise UserError(
-            f'none of the {len(steps)} steps up to step {step} had a finite gradient; '
-            'what was saved before is kept'
-        )
     values = metrics.mean(steps)
-    return values | {'skipped': int(skipped)} if 'skipped' in values else values
+    if 'skipped' in values:
+        values['skipped'] = sum(int(pairs['skipped'][0]) for pairs in steps)
+        if values['skipped'] == len(steps) >= MANY_SKIPPED:
+            raise UserError(
+                f'none of the {len(steps)} steps up to step {step} had a finite '
+                'gradient; what was saved before is kept'
+            )
+    return values
+
+
+def _seen(run: Run, position: int) -> dict[str, float]:
+    """Examples, and what they make of an epoch; repeats of an image count each."""
+    count = run.metadata['num_train_examples']
+    epoch = {'epoch': position / count} if count else {}
+    return {'examples_seen': position, **epoch}
 
 
 def _initial_state(run: Run, workdir: pathlib.Path) -> TrainState:
@@ -259,10 +296,19 @@ def _evaluate_average(
     """The metrics of the mean of the last checkpoints, of which `state` is one."""
     checkpoints.wait()
     like = shapes_on(shardings.variables, run.state_shape.variables)
-    steps = checkpoints.steps()[::-1][: run.average - 1]
-    earlier = (checkpoints.load_variables(step, like) for step in steps)
-    variables = mean_of([state.variables, *earlier])
-    return _beside('average_', evaluate(run, variables, eval_step))
+
+    def variables() -> Iterator[Variables]:
+        yield state.variables
+        # Where the run was stopped by a signal is no place of its own.
+        steps = [n for n in checkpoints.steps() if n % run.periods.save == 0]
+        for step in steps[::-1][: run.average - 1]:
+            try:
+                yield checkpoints.load_variables(step, like)
+            except UserError as error:
+                print(f'warning: left out of the average: {error}', file=sys.stderr)
+
+    averaged = mean_of(variables())
+    return _beside('average_', evaluate(run, averaged, eval_step))
 
 
 def _beside(prefix: str, result: dict[str, float]) -> dict[str, float]:

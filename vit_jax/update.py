@@ -140,7 +140,13 @@ def apply_gradients(
     if updates.skip_nonfinite:
         total_loss, _ = metrics['loss']
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(total_loss)
-        new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+
+        # Counters go on: the schedule is one of steps, skipped or not.
+        def keep(x: Array, old: Array) -> Array:
+            floating = jnp.issubdtype(x.dtype, jnp.floating)
+            return jnp.where(finite, x, old) if floating else x
+
+        new = jax.tree.map(keep, new, state)
         metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
         metrics['skipped'] = (jnp.where(finite, 0.0, 1.0), jnp.ones(()))
     return new.replace(step=state.step + 1), metrics

@@ -28,24 +28,22 @@ def open_workdir(
 ) -> Iterator[None]:
     """Makes the folder, or checks that it holds a run of the same config.
 
-    Writes `config.json` (resolved) and appends to `launches.jsonl` (time, command,
-    versions, devices). No other run may use the folder while this one does.
+    No other run may use the folder while this one does.
 
     Args:
       path: the workdir.
       config: the resolved config.
       allow_changes: whether the config may differ from the one that is held; the
-        differences are then told, and the folder's config is the new one.
+        differences are then told.
 
     Raises:
       UserError: when the folder cannot be written, is in use, or holds another run.
     """
     config = json.loads(json.dumps(config))
-    writes = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if writes:
+            if jax.process_index() == 0:
                 stack.enter_context(filelock.FileLock(path / '.lock', timeout=0))
             held = _read_config(path)
             if any((path / 'checkpoints').glob('*')):  # something to protect
@@ -55,12 +53,6 @@ def open_workdir(
                         '--workdir'
                     )
                 _check_same(path, held, config, allow_changes)
-            if writes:
-                temporary = path / 'config.tmp'
-                temporary.write_text(json.dumps(config, indent=2) + '\n')
-                os.replace(temporary, path / 'config.json')
-                with (path / 'launches.jsonl').open('a') as file:
-                    file.write(json.dumps(_environment()) + '\n')
         except filelock.Timeout as error:
             raise UserError(
                 f'another run uses {path}; wait for its end, or choose another '
@@ -71,6 +63,19 @@ def open_workdir(
                 f'cannot write to workdir {path}: {error.strerror}'
             ) from error
         yield
+
+
+def write_launch(path: pathlib.Path, config: dict[str, Any]) -> None:
+    """Writes `config.json` (resolved), and a line of `launches.jsonl`: time, command,
+    versions, devices. To be called when it is known that the run can go on.
+    """
+    if jax.process_index() != 0:
+        return
+    temporary = path / 'config.tmp'
+    temporary.write_text(json.dumps(config, indent=2) + '\n')
+    os.replace(temporary, path / 'config.json')
+    with (path / 'launches.jsonl').open('a') as file:
+        file.write(json.dumps(_environment()) + '\n')
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any] | None:

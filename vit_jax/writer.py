@@ -3,6 +3,7 @@
 Of several processes, the first one writes and speaks for all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -166,7 +167,9 @@ class Progress:
         if not self._bar.disable:
             self._bar.write(message, file=sys.stderr)
         elif self._speaks:
-            print(message, file=sys.stderr, flush=True)
+            # Whoever listened may be gone; the run is not over for that.
+            with contextlib.suppress(BrokenPipeError):
+                print(message, file=sys.stderr, flush=True)
 
     def say_once(self, kind: str, message: str | None) -> None:
         """Prints the first message of a kind; None is none."""

@@ -67,7 +67,10 @@ def is_evaluating(workdir: pathlib.Path) -> bool:
 
 
 def is_saving(workdir: pathlib.Path) -> bool:
-    """A checkpoint is there under its temporary name."""
+    """A checkpoint is there under its temporary name.
+
+    What an earlier process left so is gone before the first step of the next.
+    """
     return bool(list((workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp*')))
 
 
@@ -106,7 +109,9 @@ def main() -> int:
     moments = MOMENTS[:5] + rng.sample(MOMENTS[5:], len(MOMENTS) - 5)
     lines = ['| | phase | signal | exit code | saved steps |', '| --- ' * 5 + '|']
     for number, (phase, is_on, which, delay) in enumerate(moments, start=1):
-        code = interrupt(killed, is_on, which, rng.uniform(0, delay))
+        in_time = False
+        while not in_time:  # a kill that came too late is one more, and does not count
+            code, in_time = interrupt(killed, is_on, which, rng.uniform(0, delay))
         newest = saved_steps(killed)[-2:]
         expected = 0 if which is TERM else -KILL
         if code != expected:
@@ -136,14 +141,12 @@ def interrupt(
     is_on: Callable[[pathlib.Path], bool],
     which: signal.Signals,
     delay: float,
-) -> int:
-    """Starts the run, sends the signal in the phase, and returns the exit code."""
-    # What was left half-saved by the last one is no sign of this one's saving.
-    for path in (workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp*'):
-        shutil.rmtree(path)
-    lines = workdir / 'metrics.jsonl'
-    if lines.exists():  # nor is its last line
-        os.utime(lines, (0, 0))
+) -> tuple[int, bool]:
+    """Starts the run and sends the signal in the phase.
+
+    Returns:
+      The exit code, and whether the signal came before the phase was over.
+    """
     process = subprocess.Popen(command(workdir), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
@@ -158,7 +161,9 @@ def interrupt(
         time.sleep(0.0005)
     time.sleep(delay)
     process.send_signal(which)
-    return process.wait()
+    code = process.wait()
+    # Of a process that was killed, the files tell whether the phase went on till then.
+    return code, which is TERM or is_on(workdir)
 
 
 def compare(left: pathlib.Path, right: pathlib.Path) -> list[str]:

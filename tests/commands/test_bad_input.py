@@ -89,9 +89,13 @@ def test_the_workdir_of_another_run_is_not_touched(fails, digits, data_dir, snap
         f'--config.dataset.data_dir={data_dir}',
         f'--workdir={digits}',
     )
-    assert message == (
+    assert message.startswith(
         f'{digits} holds another run: config.model.kwargs.depth is 2 there and None '
-        'here; choose another --workdir'
+        'here; '
+    )
+    assert message.endswith(
+        "config.model.name is 'ConViT-Ti/2' there and 'CNN' here. Choose another "
+        '--workdir, or go on with the changes by --allow_changes'
     )
     assert snapshot(digits) == before
 

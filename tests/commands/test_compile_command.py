@@ -7,6 +7,8 @@ import re
 import pytest
 from command_lines import CONFIGS
 
+from vit_jax import topology
+
 pytest_plugins = ['command_fixtures']
 
 HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
@@ -44,7 +46,9 @@ def test_table(run, mlp):
         assert name in names, out
     assert re.search(r'fits: needs 0\.\d\d GiB of 15\.75 GiB', out)
     assert re.search(r'compute +\d+\.\d+ TFLOP, \d+\.\d ms at 197 TFLOP/s', out)
-    assert re.search(r'images/s +at most [\d,]+ by compute, [\d,]+ by memory: mem', out)
+    assert re.search(
+        r'images/s +at most [\d,]+ by compute, about [\d,]+ by memory\n', out
+    )
     assert lines[-1].startswith('compiled with the least effort: jax 0.')
 
 
@@ -57,20 +61,21 @@ def test_mesh_and_micro_batches_come_from_the_config(run, mlp):
     assert '\nbatch of 16 = 8 device(s) x 2 micro-batch(es) x 1 images\n' in out
 
 
-@pytest.mark.slow  # near the limit the compiler tries hard
 @needs_libtpu
-def test_json_with_the_largest_batch(run, mlp):
-    values = ['--config.batch_size=1048576', '--json', '--max_batch']
+def test_json_with_the_largest_batch(run, mlp, monkeypatch):
+    # Less than the chip's: of large batches the compiler thinks for minutes.
+    monkeypatch.setattr(topology, 'memory_limit', lambda device: 2**23)
+    values = ['--config.batch_size=1024', '--json', '--max_batch']
     code, out, err = run(*mlp, '--topology=v5e:1x1', *values)
     assert (code, err) == (0, '')
     values = json.loads(out)
     assert values['topology'] == 'v5e:1x1'
     assert set(values['versions']) == {'jax', 'libtpu'}
     assert values['report']['device_kind'] == 'TPU v5 lite'
-    assert values['report']['batch_size'] == 2**20
-    assert values['report']['memory']['arguments']['batch'] == 2**20 * (75 + 4 + 4)
+    assert values['report']['batch_size'] == 2**10
+    assert values['report']['memory']['arguments']['batch'] == 2**10 * (75 + 4 + 4)
     largest = values['largest_batch']
-    assert largest['batch_size'] > 2**20
+    assert largest['batch_size'] > 2**10
     assert largest['memory']['fits']
     assert largest['memory']['total'] > 0.8 * largest['memory']['limit']
 

@@ -116,11 +116,19 @@ def test_gpus_that_are_seen(tmp_path, monkeypatch):
     smi.write_text('#!/bin/sh\necho "GPU 0: A (UUID: 1)"\necho "GPU 1: A (UUID: 2)"\n')
     smi.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
-    monkeypatch.setattr(processes.importlib.util, 'find_spec', lambda name: name)
+    plugin = tmp_path / 'jax_plugins' / 'xla_cuda13'
+    monkeypatch.setattr(sys, 'path', [*sys.path, str(tmp_path)])
+    if importlib.util.find_spec('jax_plugins') is None:  # as `jax[cuda13]` brings it
+        assert count_gpus({'CUDA_VISIBLE_DEVICES': '3'}) == []
+    plugin.mkdir(parents=True)
+    (plugin / '__init__.py').touch()
+    importlib.invalidate_caches()
     assert count_gpus({}) == ['0', '1']
     assert count_gpus({'JAX_PLATFORMS': 'cpu'}) == []
     assert count_gpus({'CUDA_VISIBLE_DEVICES': '3,GPU-5'}) == ['3', 'GPU-5']
     assert count_gpus({'CUDA_VISIBLE_DEVICES': '', 'JAX_PLATFORMS': 'cuda'}) == []
+    assert count_gpus({'CUDA_VISIBLE_DEVICES': '-1'}) == []
+    assert count_gpus({'CUDA_VISIBLE_DEVICES': '1,-1,2'}) == ['1']
 
 
 @pytest.mark.parametrize(
@@ -253,6 +261,101 @@ def test_the_second_signal_kills(watch):
     assert code == 128 + 15
     assert seconds < 5
     assert err.count('\n') == 1
+
+
+# A terminal's session, whose processes save when asked to.
+IN_A_TERMINAL = """
+import fcntl, sys, termios
+from vit_jax import processes
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+processes.sys.executable = sys.argv[1]
+sys.exit(processes.run_local(['train'], 2))
+"""
+SAVE = """#!/bin/sh
+trap 'sleep 0.7; echo saved >&2; echo saved > saved$JAX_PROCESS_ID; exit 0' TERM
+echo begun >&2
+touch begun$JAX_PROCESS_ID
+i=0; while [ $i -lt 400 ]; do i=$((i + 1)); sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize('closed', [True, False])
+def test_a_closed_terminal_saves(tmp_path, closed):
+    script = tmp_path / 'save.sh'
+    script.write_text(SAVE)
+    script.chmod(0o755)
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, '-c', IN_A_TERMINAL, str(script)],
+        **dict.fromkeys(('stdin', 'stdout', 'stderr'), end),
+        start_new_session=True,
+        cwd=tmp_path,
+    )
+    os.close(end)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob('begun?'))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # the handlers are set after the processes are started
+    if closed:
+        os.close(terminal)
+    else:
+        process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGHUP)  # shells say it too
+    assert process.wait(20) == 0
+    assert len(list(tmp_path.glob('saved?'))) == 2
+    if not closed:
+        os.close(terminal)
+
+
+def test_nohup_is_respected(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    seen = []
+    monkeypatch.setattr(
+        Watch, 'run', lambda self: seen.append(signal.getsignal(signal.SIGHUP)) or 0
+    )
+    try:
+        assert processes.run_local(['--help'], 1) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [signal.SIG_IGN]
+
+
+# A task, with the signals as submitit sets them.
+TASK = """
+import os, runpy, signal, sys
+from submitit.local.local import LocalJobEnvironment
+from vit_jax.commands.launch import Task
+LocalJobEnvironment()._handle_signals(None, None)
+def queue(number, frame):
+    print('queued again', flush=True)
+    sys.exit(7)
+signal.signal(signal.SIGUSR2, queue)
+if sys.argv[1] == 'preempted':
+    runpy.run_module = lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR2)
+Task(sys.argv[1:], None)()
+os.kill(os.getpid(), signal.SIGTERM)
+print('SIGTERM was passed over')
+"""
+
+
+def run_task(*command):
+    argv = [sys.executable, '-c', TASK, *command]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+
+
+@needs_submitit
+def test_sigterm_ends_a_task_that_does_not_train():
+    done = run_task('help')
+    assert done.returncode == -signal.SIGTERM, done.stdout
+    assert 'passed over' not in done.stdout
+
+
+@needs_submitit
+def test_a_task_with_nothing_to_save_is_queued_again_at_once():
+    done = run_task('preempted')
+    assert (done.returncode, done.stdout) == (7, 'queued again\n'), done.stderr
 
 
 def test_workers_of_a_killed_process_end_too(watch, tmp_path):

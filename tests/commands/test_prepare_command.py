@@ -64,6 +64,35 @@ def test_from_the_tars_to_a_batch(run, tars, tmp_path, snapshot):
     assert '  image  uint8    [8, 32, 32, 3]' in out
 
 
+def test_a_part_is_not_taken_for_the_whole(run, fails, tars, tmp_path):
+    out = tmp_path / 'out'
+    argv = ['prepare', 'imagenet2012', f'--data_dir={out}']
+    assert run(*argv, f'--tars={tars}', '--allow_partial').code == 0
+    folder = out / 'imagenet2012/5.1.0'
+    for where in (tars, '/no/such'):
+        assert fails(*argv, f'--tars={where}') == (
+            f'{folder} holds 15 train, 11 validation examples instead of 1,281,167 '
+            'train, 50,000 validation; to prepare it anew, remove that folder or '
+            'choose another --data_dir'
+        )
+    shard = min(folder.glob('*.array_record-*'))
+    shard.unlink()
+    error = fails(*argv, f'--tars={tars}', '--allow_partial')
+    assert error.startswith(
+        f'{folder} lacks files, or they are damaged: {shard.name}; to prepare it anew'
+    )
+
+
+def test_tfrecords_with_more_than_what_is_there(run, fails, tmp_path):
+    fewer = {**IMAGES, 'train': dict(list(IMAGES['train'].items())[:9])}
+    argv = ['prepare', 'imagenet2012', f'--data_dir={tmp_path / "new"}']
+    part = write_tfrecords(tmp_path / 'part', fewer)
+    assert run(*argv, f'--tfrecords={part}').code == 0
+    whole = write_tfrecords(tmp_path / 'whole', IMAGES)
+    error = fails(*argv, f'--tfrecords={whole}')
+    assert 'holds 9 train, 11 validation examples instead of 15 train, 11' in error
+
+
 def test_from_a_folder(run, tmp_path):
     folder = write_folder(tmp_path / 'images', IMAGES)
     data_dir = f'--data_dir={tmp_path / "out"}'

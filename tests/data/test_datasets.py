@@ -2,6 +2,7 @@ import io
 import itertools
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -156,6 +157,36 @@ def test_tfds_slices_of_splits(tiny):
     assert part == whole[2:5]
     with pytest.raises(UserError, match=r"unknown split .*'trian'.*mean 'train'"):
         dataset.open('trian')
+    with pytest.raises(UserError, match=r"^split 'train\[:0\]' of 'tiny_set' has no"):
+        dataset.open('train[:0]')
+
+
+def test_sizes_of_slices(tiny):
+    """Known before they are opened, for schedules; and only those that there are."""
+    splits = load_dataset('tiny_set', str(tiny)).splits
+    sizes = {'train[2:5]': 3, 'train[:50%]': 4, 'train[-2:]+validation': 7}
+    for split, size in sizes.items():  # 50% of 7 is 3.5, rounded up
+        assert split in splits
+        assert splits[split] == splits.get(split) == size
+        assert len(load_dataset('tiny_set', str(tiny)).open(split)) == size
+    assert list(splits) == ['train', 'validation']
+    for split in ('trian', 'trian[:5]', 'train[', 'train[:200%]'):
+        assert split not in splits
+        assert splits.get(split) is None
+
+
+def test_a_tfds_dataset_that_lacks_a_file(tiny, tmp_path):
+    shutil.copytree(tiny / 'tiny_set', tmp_path / 'tiny_set')
+    (file,) = (tmp_path / 'tiny_set/1.2.3').glob('*train*')
+    file.unlink()
+    dataset = load_dataset('tiny_set', str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        dataset.open('train[:3]')
+    assert str(caught.value) == (
+        f"{file} is missing; copy dataset 'tiny_set' there again, or remove its folder "
+        'and prepare it anew'
+    )
+    assert len(dataset.open('validation')) == 5
 
 
 def test_home_is_expanded(tiny, monkeypatch):
@@ -172,9 +203,12 @@ def test_tfds_dataset_in_another_format(tiny, tmp_path):
     text = (copy / 'dataset_info.json').read_text()
     (copy / 'dataset_info.json').write_text(text.replace('array_record', 'tfrecord'))
     dataset = load_dataset('tiny_set', str(tmp_path))
-    with pytest.raises(UserError, match=r'stored as tfrecord.*array_record') as error:
+    with pytest.raises(UserError) as error:
         dataset.open('train')
-    assert str(copy) in str(error.value)
+    assert str(error.value) == (
+        f"dataset 'tiny_set' at {copy} is stored as tfrecord; it must be array_record: "
+        f'`vit_jax prepare tiny_set --tfrecords={copy} --data_dir=DIR` writes it so'
+    )
 
 
 def test_tfds_dataset_that_is_not_prepared(tmp_path):
@@ -183,9 +217,14 @@ def test_tfds_dataset_that_is_not_prepared(tmp_path):
     assert dataset.splits == {'train': 50_000, 'test': 10_000}
     assert dataset.image_shape == (32, 32, 3)
     assert len(dataset.class_names) == 10
-    with pytest.raises(UserError, match='is not prepared at') as error:
+    with pytest.raises(UserError) as error:
         dataset.open('train')
-    assert str(tmp_path / 'cifar10') in str(error.value)
+    assert str(error.value) == (
+        f"dataset 'cifar10' is not prepared at {dataset.location}; run `vit_jax "
+        f'prepare cifar10 --data_dir={tmp_path}`, or point dataset.data_dir to the '
+        'folder that holds it'
+    )
+    assert dataset.location.startswith(str(tmp_path / 'cifar10'))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import filelock
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from fake_imagenet import (
     COUNTS,
     NUM_VAL,
@@ -28,6 +30,7 @@ from fake_imagenet import (
 from vit_jax.data import prepare
 from vit_jax.data.datasets import load_dataset
 from vit_jax.data.imagenet import ImageNetLayout, plan_imagenet, spread
+from vit_jax.data.prepared import is_prepared
 from vit_jax.data.tfrecords import find_source, plan_tfrecords, read_records
 from vit_jax.data.transforms import decode_image
 from vit_jax.errors import UserError
@@ -292,6 +295,83 @@ def test_two_at_once(tmp_path, tars):
     ):
         prepare.write(plan)
     prepare.write(plan)
+
+
+def test_what_another_has_written_meanwhile_is_left(tmp_path, tars, prepared):
+    """Both were planned before either was written."""
+    first, second = (plan_imagenet(tars, str(tmp_path), True, LAYOUT) for _ in range(2))
+    prepare.write(first)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+    prepare.write(second)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert shards(tmp_path) == shards(prepared)
+    assert [p.name for p in second.folder.parent.iterdir()] == ['5.1.0']
+
+
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'at_a_block', 'swapped'])
+def test_a_folder_that_lacks_a_part(tmp_path, prepared, damage):
+    folder = tmp_path / 'imagenet2012/5.1.0'
+    shutil.copytree(prepared / 'imagenet2012/5.1.0', folder)
+    assert is_prepared(folder, LAYOUT.splits)
+    files = sorted(folder.glob('*-train.array_record-*'))
+    match damage:
+        case 'missing':
+            files[1].unlink()
+        case 'empty':
+            files[1].write_bytes(b'')
+        case 'at_a_block':
+            os.truncate(files[1], 1 << 16)
+        case 'swapped':
+            counts = [count_records(file) for file in files]
+            other = next(f for f, n in zip(files, counts) if n != counts[1])
+            files[1].write_bytes(other.read_bytes())
+    with pytest.raises(UserError) as caught:
+        is_prepared(folder)
+    assert str(caught.value) == (
+        f'{folder} lacks files, or they are damaged: {files[1].name}; to prepare it '
+        'anew, remove that folder or choose another --data_dir'
+    )
+
+
+def count_records(path):
+    reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
+    reader.close()
+    return count
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        ('empty', r'cannot be read: ArrayRecord file should be at least 64KB big; a '),
+        ('at_a_block', r'cannot be read: there is no such record; a file in '),
+        ('garbled', r'cannot be read: Corrupted Riegeli/records file: .*; a file in '),
+    ],
+)
+def test_reading_a_damaged_file(tmp_path, prepared, damage, message):
+    folder = tmp_path / 'imagenet2012/5.1.0'
+    shutil.copytree(prepared / 'imagenet2012/5.1.0', folder)
+    file = min(folder.glob('*-train.array_record-*'))
+    data = file.read_bytes()
+    garbled = data[:300] + bytes([data[300] ^ 255]) + data[301:]
+    damaged = {'empty': b'', 'at_a_block': data[: 1 << 16], 'garbled': garbled}
+    file.write_bytes(damaged[damage])
+    source = load_dataset('imagenet2012', str(tmp_path)).open('train')
+    with pytest.raises(UserError, match=message) as caught:
+        source[0]
+    assert str(caught.value).startswith('imagenet2012/train[0] cannot be read: ')
+    assert f'a file in {folder} is missing or damaged: copy' in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+def test_examples_are_named_by_their_files(tmp_path, prepared):
+    """Those of a folder, of ImageNet: a corrupt one is told so."""
+    source = load_dataset('imagenet2012', str(prepared)).open('train')
+    names = {data: name for name, (_, _, data) in IMAGES['train'].items()}
+    for i in range(len(source)):
+        example = source[i]
+        file_name = names[bytes(example['image'])]
+        assert example['name'] == f'imagenet2012/train[{i}] ({file_name})'
 
 
 def test_other_examples_do_not_mix(tmp_path, tars):

@@ -173,6 +173,7 @@ def test_every_field_matters():
         'activation': 'gelu_tanh',
         'gpsa_impl': 'split',
         'attention_impl': 'chunked',
+        'remat': 'full',
         'kernel_init': nn.initializers.ones,
         'head_init': nn.initializers.ones,
         'token_init': nn.initializers.ones,

@@ -211,6 +211,7 @@ def test_every_field_matters():
         'layer_norm_eps': 1e-5,
         'activation': 'gelu_tanh',
         'attention_impl': 'chunked',
+        'remat': 'full',
         'kernel_init': nn.initializers.ones,
         'head_init': nn.initializers.ones,
         'token_init': nn.initializers.ones,

@@ -124,10 +124,11 @@ def describe(report: 'Report') -> Iterator[str]:
     for kind, size in report.collectives.items():
         yield f'  {kind:12} {size / 1e9:9.3f} GB'
     if seconds:
-        most = {name: report.batch_size / least for name, least in seconds.items()}
-        binds = min(most, key=lambda name: most[name])
-        words = ', '.join(f'{rate:,.0f} by {name}' for name, rate in most.items())
-        yield f'  images/s     at most {words}: {binds} binds'
+        rates = {name: report.batch_size / least for name, least in seconds.items()}
+        words = f'at most {rates["compute"]:,.0f} by compute'
+        if 'memory' in rates:  # an estimate, see `Report.roofline`
+            words += f', about {rates["memory"]:,.0f} by memory'
+        yield f'  images/s     {words}'
 
 
 def _pretend(num_devices: int) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import pathlib
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from vit_jax.build import build
+    from vit_jax.checkpoint import latest_step
     from vit_jax.config import from_dict, override
     from vit_jax.evaluate import evaluate
     from vit_jax.pretrained import load_variables
@@ -64,9 +67,10 @@ def main(argv: Sequence[str]) -> None:
     from vit_jax.probes import headless
 
     weights, named = args.workdir or args.weights, options.keys(overrides)
+    if args.workdir:  # raises where it is none
+        folder = weights if os.path.exists(weights) else weights.rpartition('@')[0]
+        latest_step(pathlib.Path(folder or weights))
     source = open_source(weights)
-    if args.workdir and source.step is None:
-        raise UserError(f'{weights} is not the workdir of a run: no checkpoints/ in it')
     metadata = source.metadata or {}
     if args.config:
         config = options.read_config(args.config, overrides)
@@ -142,8 +146,10 @@ def _probe(
 
     from vit_jax import probes
 
-    train = probes.extract_features(run, variables, run.probe_data())
-    test = probes.extract_features(run, variables, run.eval_data())
+    split = run.metadata['config']['dataset']['train_split']
+    train = probes.extract_features(run, variables, run.probe_data(), split)
+    split = run.metadata['eval_split']
+    test = probes.extract_features(run, variables, run.eval_data(), split)
     about = {
         'probe': args.probe,
         'train_split': run.metadata['config']['dataset']['train_split'],

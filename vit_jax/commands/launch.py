@@ -141,14 +141,22 @@ class Task:
             os.environ.update(
                 cluster.environment(self._coordinator, task.num_tasks, task.global_rank)
             )
+        # Submitit passes over SIGTERM, before the run listens to it and after the first
+        # one: it is to end the task then.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # Before a job's time is over, or when it is preempted, submitit would queue it
         # again at once. The run saves before that, as SIGTERM makes it.
         name = 'SIG' + os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')
         requeue = signal.getsignal(getattr(signal, name))
-        caught = []
+        caught: list[int] = []
 
         def save(number: int, frame: Any) -> None:
             caught.append(number)
+            if len(caught) > 1:  # it saves already
+                return
+            alone = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            if callable(requeue) and alone and not cluster.is_joined():
+                requeue(number, frame)  # nothing to save yet
             os.kill(os.getpid(), signal.SIGTERM)
 
         signal.signal(getattr(signal, name), save)

@@ -5,13 +5,9 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vit_jax.commands import options
 from vit_jax.errors import UserError, reason
-
-if TYPE_CHECKING:  # --help is quick
-    pass
 
 EPILOG = """\
 What it reads and writes, how long that takes and the free disk are said first.
@@ -88,16 +84,19 @@ def _check_source(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace) -> None:
     """From tars, a folder or tfrecords, without TensorFlow."""
     from vit_jax.data import imagenet, prepare, tfrecords
+    from vit_jax.data.prepared import is_prepared
 
     if args.tfrecords:
         root = pathlib.Path(args.tfrecords).expanduser()
         source = tfrecords.find_source(root, args.dataset)
         plan = tfrecords.plan_tfrecords(source, args.dataset, args.data_dir)
-        if prepare.is_prepared(plan.folder):
+        if is_prepared(plan.folder, plan.splits):
             return _tell(args, plan.folder)
     else:
         folder = imagenet.find_folder(args.data_dir)
-        if prepare.is_prepared(folder):
+        # Not from the source: once it is prepared, that may go.
+        expected = None if args.allow_partial else imagenet.ImageNetLayout().splits
+        if is_prepared(folder, expected):
             return _tell(args, folder)
         root = pathlib.Path(args.tars or args.folder).expanduser()
         plan = imagenet.plan_imagenet(
@@ -125,7 +124,8 @@ def _build(args: argparse.Namespace) -> None:
     import tensorflow_datasets as tfds
 
     from vit_jax.data.datasets import load_dataset
-    from vit_jax.data.prepare import find_free, is_prepared
+    from vit_jax.data.prepare import find_free
+    from vit_jax.data.prepared import is_prepared
     from vit_jax.data.progress import size
 
     if args.dataset == 'digits' and args.dry_run:
@@ -174,14 +174,9 @@ def _tell(args: argparse.Namespace, folder: pathlib.Path) -> None:
     """Where the dataset lies, and how a config names it."""
     import tensorflow_datasets as tfds
 
-    from vit_jax.data.prepare import read_info
+    from vit_jax.data.prepared import count_examples, list_splits
 
-    info = read_info(folder)
-    counts = [
-        f'{sum(map(int, split["shardLengths"])):,} {split["name"]}'
-        for split in info['splits']
-    ]
-    print(f'{folder} holds {", ".join(counts)} examples')
+    print(f'{folder} holds {list_splits(count_examples(folder))} examples')
     name = args.dataset.partition(':')[0]
     known = {'digits', *tfds.list_builders(with_community_datasets=False)}
     if name != 'digits' and name.partition('/')[0] in known:

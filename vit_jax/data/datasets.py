@@ -10,12 +10,12 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError, reason, unknown
 from vit_jax.forks import import_path, is_path
 
 _FOLDER_SPLITS = ('train', 'validation', 'val', 'test')
@@ -47,7 +47,8 @@ class Dataset:
     Attributes:
       name: as in the config.
       location: where it is read from, for people.
-      splits: examples of each split.
+      splits: examples of each split; what is prepared by TFDS also knows those of a
+        part, `splits['train[:10%]']`.
       class_names: a name per label.
       image_shape: (height, width, channels); None where sizes differ.
       open: split -> DataSource; raises UserError for what is not there.
@@ -145,17 +146,45 @@ def subsample(source: DataSource, fraction: float, seed: int) -> DataSource:
 class _TfdsSource:
     source: Any
     name: str
+    location: str
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.source[index]
-        return {
-            'image': example['image'],
-            'label': int(example['label']),
-            'name': f'{self.name}[{index}]',
-        }
+        name = f'{self.name}[{index}]'
+        try:
+            example = self.source[index]
+            if example['label'] is None:  # of a file cut where a block of it ended
+                raise RuntimeError('there is no such record')
+        except RuntimeError as error:  # of array_record, which knows no OSError
+            raise UserError(
+                f'{name} cannot be read: {reason(error)}; a file in {self.location} is '
+                'missing or damaged: copy the dataset there again, or prepare it anew'
+            ) from error
+        file_name = example.get('file_name')
+        if isinstance(file_name, bytes):
+            name += f' ({file_name.decode(errors="replace")})'
+        return {'image': example['image'], 'label': int(example['label']), 'name': name}
+
+
+class _TfdsSplits(Mapping[str, int]):
+    """Examples of each split, and of the parts that TFDS knows: 'train[:10%]'."""
+
+    def __init__(self, splits: Any):
+        self._splits = splits
+
+    def __getitem__(self, split: str) -> int:
+        try:
+            return self._splits[split].num_examples
+        except ValueError:
+            raise KeyError(split) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._splits)
+
+    def __len__(self) -> int:
+        return len(self._splits)
 
 
 def _tfds(name: str, data_dir: str | None) -> Dataset:
@@ -180,29 +209,38 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
             f'dataset {name!r} is not for image classification: it needs the features '
             f'image and label, and has {", ".join(features)}'
         )
-    prepared = {split: info.num_examples for split, info in builder.info.splits.items()}
+    prepared = _TfdsSplits(builder.info.splits)
+
+    where = f' --data_dir={data_dir}' if data_dir else ''
 
     def open_split(split: str) -> DataSource:
         if not prepared:
             raise UserError(
-                f'dataset {name!r} is not prepared at {builder.data_path}; prepare it '
-                f'there with TFDS (file_format=array_record), or point '
-                f'dataset.data_dir to the folder that holds it'
+                f'dataset {name!r} is not prepared at {builder.data_path}; run '
+                f'`vit_jax prepare {name}{where}`, or point dataset.data_dir to the '
+                'folder that holds it'
             )
         if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
             raise UserError(
                 f'dataset {name!r} at {builder.data_path} is stored as '
-                f'{builder.info.file_format.value}; it must be prepared with '
-                f'file_format=array_record'
+                f'{builder.info.file_format.value}; it must be array_record: `vit_jax '
+                f'prepare {name} --tfrecords={builder.data_path} --data_dir=DIR` '
+                'writes it so'
             )
-        try:
-            builder.info.splits[split]
-        except (KeyError, ValueError):
-            raise unknown(f'split of {name}', split, prepared) from None
+        if split not in prepared:
+            raise unknown(f'split of {name}', split, prepared)
+        if prepared[split] == 0:
+            raise UserError(f'split {split!r} of {name!r} has no examples')
+        for path in builder.info.splits[split].filepaths:
+            if not path.exists():
+                raise UserError(
+                    f'{path} is missing; copy dataset {name!r} there again, or remove '
+                    'its folder and prepare it anew'
+                )
         source = builder.as_data_source(
             split=split, decoders={'image': tfds.decode.SkipDecoding()}
         )
-        return _TfdsSource(source, f'{name}/{split}')
+        return _TfdsSource(source, f'{name}/{split}', str(builder.data_path))
 
     return Dataset(
         name=name,

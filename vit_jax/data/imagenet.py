@@ -47,6 +47,11 @@ class ImageNetLayout:
     synsets: tuple[str, ...] | None = None
     shard_bytes: int = 128 << 20
 
+    @property
+    def splits(self) -> dict[str, int]:
+        """Images of each split."""
+        return {'train': self.num_train, 'validation': self.num_val}
+
 
 def find_folder(data_dir: str | None) -> pathlib.Path:
     """Where TFDS looks for ImageNet."""
@@ -213,11 +218,9 @@ def _check_complete(
             f'{len(missing):,} of {len(wanted):,} synsets have no training image: '
             f'{some(missing)}{advice}'
         )
-    expected = {'train': layout.num_train, 'validation': layout.num_val}
     for split, entries in splits.items():
-        count = len(entries)
-        if count != expected[split]:
+        count, expected = len(entries), layout.splits[split]
+        if count != expected:
             raise UserError(
-                f'{count:,} {split} images, where ImageNet has '
-                f'{expected[split]:,}{advice}'
+                f'{count:,} {split} images, where ImageNet has {expected:,}{advice}'
             )

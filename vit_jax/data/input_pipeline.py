@@ -166,6 +166,8 @@ def _batches(
     # A thread makes a whole batch. Decoding leaves Python's lock, the rest does not:
     # more threads than half the cores slow each other (and the model on a CPU) down.
     threads = min(max((os.cpu_count() or 1) // 2, 1), 16)
+    if num_workers:  # each has threads and a buffer of its own
+        threads = 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     dataset = batches.to_iter_dataset(options)
     if num_workers:

@@ -19,10 +19,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import filelock
 
+from vit_jax.data.prepared import is_prepared, list_splits
 from vit_jax.data.progress import Progress, duration, size
 from vit_jax.errors import UserError, reason
 
@@ -118,45 +118,6 @@ class Estimate:
         return self.read * self.probe_seconds / max(self.probed, 1)
 
 
-def is_prepared(folder: pathlib.Path) -> bool:
-    """Whether `folder` holds a whole dataset that can be read here.
-
-    Raises:
-      UserError: when it holds something else.
-    """
-    info = folder / 'dataset_info.json'
-    if not info.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(
-                f'{folder} holds files, but no dataset_info.json; move it away, or '
-                'choose another --data_dir'
-            )
-        return False
-    stored = read_info(folder).get('fileFormat', 'tfrecord')
-    if stored != 'array_record':
-        raise UserError(
-            f'{folder} is stored as {stored}; to convert it, choose another '
-            '--data_dir, and pass --tfrecords with the one it is in now'
-        )
-    return True
-
-
-def read_info(folder: pathlib.Path) -> dict[str, Any]:
-    """What TFDS has noted of the dataset in `folder`.
-
-    Raises:
-      UserError: when its dataset_info.json cannot be read.
-    """
-    path = folder / 'dataset_info.json'
-    try:
-        info = json.loads(path.read_text())
-        if not isinstance(info, dict):
-            raise ValueError('it is no JSON object')
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be read: {reason(error)}') from error
-    return info
-
-
 def estimate(plan: Plan) -> Estimate:
     """Measures what is left to do; copies the first of it to a file without a name.
 
@@ -216,8 +177,7 @@ def _find_parent(folder: pathlib.Path) -> pathlib.Path:
 
 def describe(plan: Plan, estimate: Estimate) -> Iterator[str]:
     """What will be done, line by line, before any of it is."""
-    splits = ', '.join(f'{count:,} {split}' for split, count in plan.splits.items())
-    yield f'{plan.name}: {splits} examples from {plan.source}'
+    yield f'{plan.name}: {list_splits(plan.splits)} examples from {plan.source}'
     done = len(plan.shards) - len(plan.missing())
     there = f', {done:,} of them are there already' if done else ''
     yield (
@@ -244,7 +204,7 @@ def check_space(plan: Plan, estimate: Estimate) -> None:
 
 
 def write(plan: Plan, workers: int = 1) -> None:
-    """Writes the shards that are missing, then names the folder.
+    """Writes the shards that are missing, then names the folder, if it has no name yet.
 
     Args:
       plan: what to write.
@@ -255,6 +215,8 @@ def write(plan: Plan, workers: int = 1) -> None:
     """
     try:
         with _lock(plan):
+            if is_prepared(plan.folder, plan.splits):  # by another, since it was asked
+                return
             _begin(plan)
             _write_shards(plan, workers)
             sizes: dict[str, int] = {}

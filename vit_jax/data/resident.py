@@ -20,7 +20,9 @@ from vit_jax.data.augment import random_flip, random_pad_crop
 from vit_jax.data.datasets import DataSource
 from vit_jax.data.input_pipeline import read_example
 from vit_jax.data.order import Order
+from vit_jax.data.progress import Progress
 from vit_jax.data.transforms import TrainTransform
+from vit_jax.data.watch import LOADER
 from vit_jax.errors import UserError
 from vit_jax.typing import Array, Batch, Metrics
 
@@ -80,19 +82,21 @@ def load(
     }
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, count)):
+        end = min(start + _CHUNK, count)
+        for i in range(start, end):
             example = decode(read_example(source, i), unused)
             for key, values in data.items():
                 values[i] = example[key]
+        progress.advance(end - start)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), LOADER)
+    with Progress('decoding', count, unit='example') as progress:
         futures = [pool.submit(fill, start) for start in range(0, count, _CHUNK)]
         try:
             for future in futures:
                 future.result()
-        except BaseException:
+        finally:  # a thread that hangs is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     return data
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import google_crc32c
 
-from vit_jax.data.prepare import Plan, Shard, find_root, read_info
+from vit_jax.data.prepare import Plan, Shard, find_root
+from vit_jax.data.prepared import read_info
 from vit_jax.errors import UserError
 
 _HEADER = struct.Struct('<QI')

@@ -17,8 +17,10 @@ from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LOADER = 'resident-load'  # threads that decode what goes to the device
+
 # How grain names the threads that read, and the processes.
-_THREAD_PREFIX = 'grain-prefetch'
+_THREAD_PREFIXES = ('grain-prefetch', LOADER)
 _PROCESS_PREFIX = 'grain-process-prefetch'
 
 
@@ -98,7 +100,7 @@ def where_readers_are() -> str:
     places = [
         f'{thread.name} in {_place(frames[thread.ident])}'
         for thread in threading.enumerate()
-        if thread.name.startswith(_THREAD_PREFIX)
+        if thread.name.startswith(_THREAD_PREFIXES)
         and thread.ident in frames
         and frames[thread.ident].f_code.co_name != '_worker'  # a pool's: idle
     ]

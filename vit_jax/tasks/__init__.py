@@ -10,7 +10,8 @@ settings:
     eval_step(variables, batch) -> metrics
 
 The training loop knows no more than that. A task that learns from another model has
-`load_teacher(settings, sharding) -> variables` too.
+`load_teacher(settings, sharding) -> variables` too, and one whose checkpoints should
+say more of themselves `facts(settings) -> dict`, JSON.
 """
 
 from typing import Any

@@ -38,7 +38,14 @@ from vit_jax.tasks.classify import eval_step, prepare
 from vit_jax.typing import Array, Batch, Metrics, PRNGKey, Shape, Variables
 from vit_jax.update import accumulate, apply_gradients
 
-__all__ = ['eval_step', 'init_state', 'load_teacher', 'make_settings', 'train_step']
+__all__ = [
+    'eval_step',
+    'facts',
+    'init_state',
+    'load_teacher',
+    'make_settings',
+    'train_step',
+]
 
 KINDS = ('hard', 'soft')
 
@@ -116,6 +123,11 @@ def make_settings(c: ConfigReader, images: ImageData) -> Settings:
     )
 
 
+def facts(settings: Settings) -> dict[str, Any]:
+    """For the metadata of a checkpoint: a run goes on with the same teacher only."""
+    return {'teacher': settings.teacher.path}
+
+
 def _find_teacher(path: str, images: ImageData) -> Teacher:
     """The teacher behind a path; none of its arrays is read."""
     if not path:
@@ -124,7 +136,12 @@ def _find_teacher(path: str, images: ImageData) -> Teacher:
             'of a run, or other weights'
         )
     # What is known of published weights is known before they are fetched.
-    metadata = find_published(path) or open_source(path).metadata
+    metadata = find_published(path)
+    if metadata is None:
+        source = open_source(path)
+        metadata = source.metadata
+        if source.step is not None and '@' not in path:
+            path = f'{path}@{source.step}'  # the teacher stays, its run may go on
     if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
             f'the teacher {path} does not say which model it is of; take a workdir, an '

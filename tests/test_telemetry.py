@@ -1,0 +1,100 @@
+"""What a run says of its speed."""
+
+import glob
+import itertools
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_train import small_config
+
+import vit_jax.telemetry
+from vit_jax.build import build
+from vit_jax.hardware import find_hardware
+from vit_jax.summary import count
+from vit_jax.telemetry import Clock, Profile, warn_of_cpu, warn_of_waiting
+
+
+@pytest.fixture(scope='module')
+def run():
+    return build(small_config())
+
+
+def test_rates_of_the_time_there_was(run):
+    def slow():
+        while True:
+            time.sleep(0.02)
+            yield 'batch'
+
+    clock, batches = Clock(run), slow()
+    start = time.perf_counter()
+    for steps in (1, 3):
+        assert clock.wait_for(batches, steps) == 'batch'
+        time.sleep(0.02)
+    rates = clock.rates()
+    seconds = time.perf_counter() - start
+    assert 0.08 <= 4 * rates['step_seconds'] <= seconds
+    product = rates['images_per_second'] * rates['step_seconds']
+    np.testing.assert_allclose(product, 8, rtol=0.2)  # the batch size
+    assert 0.0 < rates['data_wait'] < 1.0
+    assert 'flops_utilisation' not in rates  # nobody knows a CPU's peak
+
+
+def test_no_steps_have_no_rates(run):
+    clock = Clock(run)
+    clock.wait_for(itertools.repeat('batch'))
+    clock.start()
+    assert clock.rates() == {}
+
+
+def test_utilisation_is_three_forward_passes_over_the_peak(run, monkeypatch):
+    hardware = find_hardware('TPU v5 lite')
+    monkeypatch.setattr(vit_jax.telemetry, 'find_hardware', lambda kind: hardware)
+    clock = Clock(run)
+    clock.wait_for(itertools.repeat('batch'), steps=5)
+    rates = clock.rates()
+    _, macs = count(run.model, (6, 6, 1))
+    # On eight devices; a multiply-add is two operations.
+    expected = 6 * macs * rates['images_per_second'] / (8 * hardware.flops)
+    np.testing.assert_allclose(rates['flops_utilisation'], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(('share', 'warns'), [(0.1, False), (0.42, True)])
+def test_waiting_for_data_is_told(share, warns):
+    message = warn_of_waiting({'data_wait': share})
+    assert (message is not None) == warns
+    if warns:
+        assert '42% of the time goes into waiting for data' in message
+
+
+def test_a_cpu_beside_an_accelerator_is_told(monkeypatch):
+    devices = {'/dev/nvidia[0-9]*': ['/dev/nvidia0']}
+    monkeypatch.setattr(glob, 'glob', lambda pattern: devices.get(pattern, []))
+    assert warn_of_cpu() is None  # asked for, by JAX_PLATFORMS
+    monkeypatch.delenv('JAX_PLATFORMS')
+    assert '/dev/nvidia0 is there, but JAX runs on the CPU' in warn_of_cpu()
+    devices.clear()
+    assert warn_of_cpu() is None
+
+
+def test_a_profile_has_the_steps_that_were_asked_for(tmp_path):
+    with Profile(tmp_path, (2, 3)) as profile:
+        for step in range(1, 6):
+            profile.before(step)
+            assert profile._tracing == (step in (2, 3))
+            x = jax.numpy.ones(3) * step
+            profile.after(step, x)
+    assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_profile_ends_with_an_error(tmp_path):
+    def interrupted():
+        with Profile(tmp_path, (1, 9)) as profile:
+            profile.before(1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    jax.profiler.start_trace(tmp_path / 'again')  # raises if one is running
+    jax.profiler.stop_trace()
