@@ -95,6 +95,7 @@ def test_a_signal_in_the_last_evaluation_stops_what_comes_after(
 HANGING = '''
 """A dataset whose training examples stop coming."""
 import dataclasses, time
+from vit_jax.data.datasets import load_dataset
 
 def make(data_dir):
     dataset = load_dataset('synthetic:size=6,channels=1,num_examples=37,num_classes=3')
