@@ -20,7 +20,7 @@ import jax
 
 from vit_jax.build import build
 from vit_jax.config import load_config, override
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError
 from vit_jax.summary import count_params
 from vit_jax.train import train
 
@@ -91,7 +91,8 @@ def main(
       argv: arguments; None for those of the process.
 
     Returns:
-      The exit code: 1 after an error of the user, which is told in one line.
+      The exit code: 1 after an error of the user, which is told in one line; 0 when a
+      signal asked to stop.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,6 +104,9 @@ def main(
     except UserError as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 1
+    except Stopped as stopped:  # as asked: no error
+        print(f'{parser.prog}: {stopped}', file=sys.stderr)
+        return 0
     (folder / 'table.md').write_text(table)
     print(table)
     return 0

@@ -12,10 +12,12 @@ from vit_jax.errors import UserError
 
 EPILOG = f"""\
 {options.CONFIG_HELP}
-The same command goes on where an interrupted run stopped. The workdir receives
-config.json, launches.jsonl, metrics.jsonl, TensorBoard events and checkpoints/.
+The same command goes on where an interrupted run stopped. SIGTERM and Ctrl-C save and
+stop; the second one acts at once. The workdir receives config.json, launches.jsonl,
+metrics.jsonl, TensorBoard events and checkpoints/.
 
   vit_jax train --config=configs/digits_convit.py --workdir=/tmp/digits
+  vit_jax train --config=configs/digits_convit.py --workdir=/tmp/three --seeds=0,1,2
 """
 
 
