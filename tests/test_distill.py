@@ -282,7 +282,9 @@ def distilled(teacher, tmp_path_factory):
 def test_a_student_learns_from_a_run(distilled, teacher):
     run, workdir, result = distilled
     assert result['examples'] == 37
-    assert run.train_step.keywords['settings'].teacher.path == str(teacher)
+    pinned = run.train_step.keywords['settings'].teacher.path
+    assert pinned.startswith(f'{teacher}@')  # its run may go on, the teacher stays
+    assert run.metadata['teacher'] == pinned
     lines = [x for x in read_metrics(workdir) if 'train/teacher_loss' in x]
     assert [x['step'] for x in lines] == [2, 4, 5]
     # The loss is the mean of both parts, the label's and the teacher's.
@@ -413,7 +415,7 @@ def test_a_teacher_that_cannot_see_the_images(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {**run.metadata, 'position': 16})
     other = {'dataset.image_size': (5, 5), 'model.name': 'CNN', 'model.kwargs': CNN}
-    with pytest.raises(UserError, match=f'^the teacher {tmp_path} does not fit here: '):
+    with pytest.raises(UserError, match=f'^the teacher {tmp_path}@1 does not fit'):
         build(make_config(**{'distill.teacher': str(tmp_path), **other}))
     # Of another size that fits, its positions are resized.
     other['dataset.image_size'] = (9, 3)

@@ -69,12 +69,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        if kind is None:
-            self.wait()
         try:
-            self._manager.close()
-        except Exception as error:  # what is already on its way up says more
-            log.warning('the last checkpoint was not written (%s)', reason(error))
+            if kind is None:
+                self.wait()
+        finally:
+            try:
+                self._manager.close()
+            except Exception as error:  # what is already on its way up says more
+                log.warning('the last checkpoint was not written (%s)', reason(error))
 
     def steps(self) -> list[int]:
         """Of the finished checkpoints, in their order."""
