@@ -13,7 +13,9 @@ from vit_jax.build import build
 from vit_jax.config import default_config
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
-from vit_jax.parallel import Parallel
+from vit_jax.models import build_model
+from vit_jax.optim import make_optimizer
+from vit_jax.parallel import Parallel, bytes_per_device
 
 NUM_STEPS = 10
 
@@ -103,6 +105,38 @@ def test_the_run_is_stochastic(on_one_device):
         return float(step(given, batch)[1]['loss'][0])
 
     assert loss(7) == loss(7) != loss(8)
+
+
+@pytest.mark.parametrize('name', ['ViT-S/16', 'ConViT-S/16'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'lamb'])
+def test_fsdp_divides_the_state(name, optimizer):
+    """Eight ways: an eighth of the optimizer's state on a device, and 10% of that."""
+    parallel = Parallel('jit', tuple(jax.devices()), fsdp=8)
+    model = build_model(name, 1000)
+    image = np.zeros((1, 224, 224, 3), np.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+    opt_state = jax.eval_shape(make_optimizer(optimizer, lambda _: 1.0).init, params)
+    whole_state = jax.tree.map(lambda _: parallel.replicated, opt_state)
+    whole = bytes_per_device(opt_state, whole_state)
+    part = bytes_per_device(opt_state, parallel.state_sharding(opt_state))
+    assert whole / 8 < part < 1.1 * whole / 8
+
+
+def test_a_sharded_state_lies_as_it_says(monkeypatch):
+    monkeypatch.setattr(vit_jax.parallel, 'MIN_SIZE', 2)
+    parallel = Parallel('jit', tuple(jax.devices()), fsdp=4, tensor=2)
+    run = build(stochastic_config())
+    state = parallel.init(run.init)
+    held = sum(
+        shard.data.nbytes
+        for x in jax.tree.leaves(state.opt_state)
+        for shard in x.addressable_shards
+        if shard.device == jax.devices()[3]
+    )
+    shardings = parallel.state_sharding(run.state_shape).opt_state
+    assert held == bytes_per_device(run.state_shape.opt_state, shardings)
+    query = state.variables['params']['block00']['attention']['query']['kernel']
+    assert query.addressable_shards[0].data.shape == (16 // 4, 4 // 2, 4)
 
 
 @pytest.mark.parametrize('mode', ['jit', 'pmap'])

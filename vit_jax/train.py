@@ -111,8 +111,7 @@ def train(
                 clock.start()
 
             progress.say(_describe(run, step, shardings))
-            first = step + 1
-            stop = False
+            start, stop = step, False
             for end in run.periods.calls(step, run.num_steps):
                 profile.before(step + 1)
                 steps = end - step  # of this call: one, or several of data on device
@@ -123,6 +122,8 @@ def train(
                     if not signals.asked:
                         raise
                     # Asked to stop between two steps, perhaps in a wait without end.
+                    if pending:
+                        log()
                     if checkpoints.latest_step() != step:
                         save()
                     checkpoints.wait()
@@ -136,7 +137,7 @@ def train(
                 jax.block_until_ready(two_calls_ago)
                 progress.advance(steps)
                 profile.after(step, state)
-                if step - steps < first <= step:
+                if step - steps == start:
                     jax.block_until_ready(step_metrics)
                     once['compile_seconds'] = clock.seconds()
                     progress.say(f'first step, compiled: {clock.seconds():.1f} s')
