@@ -1,6 +1,7 @@
 """Training: interrupted and resumed runs, periods, faults, what a workdir holds."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -159,6 +160,47 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path):
     final = final_state(run, workdir)
     assert final.step == 90
     assert_bit_equal(final, final_state(run, tmp_path / 'uninterrupted'))
+
+
+@pytest.mark.parametrize('steps_per_call', [None, 4])
+def test_data_on_the_device_is_trained_on_as_on_the_host(tmp_path, steps_per_call):
+    """With all on that is drawn on the device, and interrupted in the middle."""
+    common = {
+        'augment.crop': 'none',
+        'augment.pad': 4,  # unread, as by default
+        'augment.mixup': 0.8,
+        'augment.cutmix': 1.0,
+        'augment.erasing': 0.5,
+        'augment.repeats': 3,
+        'optim.ema_decay': 0.9,
+        'log.every_steps': 4,
+        'eval.every_steps': 4,
+        'checkpoint.every_steps': 4,
+    }
+    on_host = build(small_config(**common))
+    result = train(on_host, tmp_path / 'host')
+    device = {'dataset.placement': 'device', 'dataset.steps_per_call': steps_per_call}
+    on_device = build(small_config(**common, **device))
+    assert on_device.periods.call == (steps_per_call or 1)  # None: this is a CPU
+
+    def eight_steps(step, position):
+        calls = 8 // on_device.periods.call
+        yield from itertools.islice(on_device.feed(step, position), calls)
+        raise KeyboardInterrupt
+
+    workdir = tmp_path / 'device'
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(on_device, feed=eight_steps), workdir)
+    found = train(on_device, workdir)
+    assert found == pytest.approx(result, rel=1e-5)
+    lines = [read_metrics(folder) for folder in (tmp_path / 'host', workdir)]
+    keys = ['step', 'train/loss', 'train/grad_norm', 'train/examples_seen']
+    seen = [
+        [[line[key] for key in keys] for line in each if 'train/loss' in line]
+        for each in lines
+    ]
+    assert [step for step, *_ in seen[0]] == [4, 8, 11]
+    np.testing.assert_allclose(seen[1], seen[0], rtol=1e-5)
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted, capsys):

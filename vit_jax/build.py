@@ -187,7 +187,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
         task.train_step, model=model, tx=tx, rng=step_rng, settings=settings
     )
     eval_step = partial(task.eval_step, model=model, settings=settings)
-    periods = _periods(c)
+    periods = _periods(c, parallel)
     train_steps: Callable = train_step
     feed: Callable
     if images.make_batch is None:
@@ -269,16 +269,23 @@ def _param_shapes(c: ConfigReader, model: nn.Module, image_shape: Shape) -> Any:
     return jax.eval_shape(init, {'params': jax.random.key(0)}, image)['params']
 
 
-def _periods(c: ConfigReader) -> Periods:
+def _periods(c: ConfigReader, parallel: Parallel) -> Periods:
     # Read by `cluster.join`, before there are devices: a key of every run.
     _ = c.parallel.heartbeat_seconds
     return Periods(
         log=c.log.every_steps,
         evaluate=c.eval.every_steps,
         save=c.checkpoint.every_steps,
-        call=1 if c.dataset.placement == 'host' else None,
+        call=_steps_per_call(c, parallel),
         profile=_profile_steps(c.log.profile_steps),
     )
+
+
+def _steps_per_call(c: ConfigReader, parallel: Parallel) -> int | None:
+    if c.dataset.placement == 'host':
+        return 1
+    steps = c.dataset.steps_per_call
+    return 1 if steps is None and parallel.devices[0].platform == 'cpu' else steps
 
 
 def _profile_steps(text: str | None) -> tuple[int, int] | None:

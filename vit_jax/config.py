@@ -54,6 +54,10 @@ def default_config(task: str = 'classify') -> ConfigDict:
     # 'host': examples are read, decoded and augmented as training goes. 'device': all
     # of them lie decoded in the accelerators' memory, for datasets that fit there.
     config.dataset.placement = 'host'
+    # Of 'device': steps that one call of the compiled step makes. None: as many as the
+    # periods of log, eval and checkpoint allow; on a CPU 1, for XLA's convolutions
+    # there take many times as long inside a loop.
+    config.dataset.steps_per_call = config_dict.placeholder(int)
     config.dataset.skip_corrupt = False  # images that cannot be read: rows of weight 0
     config.dataset.timeout_seconds = 300  # without a batch, after which that is told
 
@@ -143,6 +147,7 @@ def default_config(task: str = 'classify') -> ConfigDict:
 RESUMABLE = (
     'dataset.data_dir',
     'dataset.num_workers',
+    'dataset.steps_per_call',
     'dataset.timeout_seconds',
     'parallel.mode',
     'parallel.data',
@@ -225,6 +230,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             'log.every_steps',
             'augment.repeats',
             'accum_steps',
+            'dataset.steps_per_call',
             'dataset.timeout_seconds',
             'parallel.data',
             'parallel.fsdp',

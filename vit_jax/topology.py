@@ -434,7 +434,10 @@ def _steps(run: Run) -> tuple[Callable, dict[str, Any], int]:
     make_batch = _make_batch(run)
     if make_batch is None:
         return run.train_step, run.batch_shape, 1
-    count = next(run.periods.calls(0, run.num_steps))
+    periods = run.periods
+    if periods.call == 1:  # as `build` has it for the CPU of this machine
+        periods = dataclasses.replace(periods, call=None)
+    count = next(periods.calls(0, run.num_steps))
     feed = {'data': _data_shape(run, make_batch), 'first': make_batch.first(0, count)}
     return scan_steps(run.train_step, make_batch, run.parallel.rows), feed, count
 

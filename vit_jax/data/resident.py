@@ -206,6 +206,10 @@ def scan_steps(
 
         # All steps' at once: the loop of `permute` would hold up each of them.
         index = make_batch.index(feed['first'])
-        return jax.lax.scan(step, state, {**feed['first'], 'index': index})
+        first = {**feed['first'], 'index': index}
+        if len(index) > 1:
+            return jax.lax.scan(step, state, first)
+        state, metrics = step(state, jax.tree.map(lambda x: x[0], first))
+        return state, jax.tree.map(lambda x: x[None], metrics)
 
     return steps
