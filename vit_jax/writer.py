@@ -155,12 +155,11 @@ class Progress:
         self, step: int, metrics: dict[str, float], rates: dict[str, float]
     ) -> None:
         """Shows the latest training metrics."""
-        text = format_metrics(metrics)
         if self._bar.disable:
-            speed = format_metrics(rates)
-            self.say(f'step {step}/{self._num_steps}  {text}  {speed}')
+            text = format_metrics(metrics | rates)
+            self.say(f'step {step}/{self._num_steps}  {text}')
         else:
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(format_metrics(metrics))
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
