@@ -22,6 +22,7 @@ def test_a_sweep_runs_what_has_not_run(tmp_path, monkeypatch):
     assert line['steps'] == 1
     assert line['examples'] == 359
     assert 0 <= line['accuracy'] <= 1
+    assert line['accuracies'] == {'1': line['accuracy']}
     assert line['params'] > 100_000
     config = json.loads((tmp_path / 'runs' / first.name / 'config.json').read_text())
     assert config['seed'] == 7

@@ -23,6 +23,7 @@ from vit_jax.config import load_config, override
 from vit_jax.errors import Stopped, UserError
 from vit_jax.summary import count_params
 from vit_jax.train import train
+from vit_jax.writer import read_metrics
 
 
 class Cell(NamedTuple):
@@ -47,7 +48,10 @@ class Cell(NamedTuple):
 
 
 def run_sweep(
-    cells: Iterable[Cell], results: pathlib.Path, workdir: pathlib.Path
+    cells: Iterable[Cell],
+    results: pathlib.Path,
+    workdir: pathlib.Path,
+    data_dir: str | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the cells that `results` does not hold, and adds a line for each.
 
@@ -55,6 +59,7 @@ def run_sweep(
       cells: what to run.
       results: a JSONL file; made if it is not there.
       workdir: each cell's workdir is a folder in it.
+      data_dir: overrides `dataset.data_dir`; where the data lies is no part of a cell.
 
     Returns:
       The lines of `results`, all of them.
@@ -68,7 +73,7 @@ def run_sweep(
         # As it will be read: JSON has lists for tuples.
         cell = cell._replace(overrides=json.loads(json.dumps(cell.overrides)))
         if cell not in done:
-            lines.append(_run(cell, workdir / cell.name))
+            lines.append(_run(cell, workdir / cell.name, data_dir))
             with results.open('a') as file:
                 file.write(json.dumps(lines[-1]) + '\n')
     return lines
@@ -98,9 +103,11 @@ def main(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--workdir', required=True, type=pathlib.Path)
+    parser.add_argument('--data_dir', help='of datasets that TFDS has prepared')
     args = parser.parse_args(argv)
+    results = folder / 'results.jsonl'
     try:
-        table = render(run_sweep(cells, folder / 'results.jsonl', args.workdir))
+        table = render(run_sweep(cells, results, args.workdir, args.data_dir))
     except UserError as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 1
@@ -126,8 +133,10 @@ def _read(results: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _run(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
+def _run(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> dict[str, Any]:
     values = {**cell.overrides, 'seed': cell.seed}
+    if data_dir is not None:
+        values['dataset.data_dir'] = data_dir
     arguments = [f'--config.{key}={value}' for key, value in values.items()]
     start = time.time()
     run = build(override(load_config(cell.config), arguments))
@@ -135,6 +144,11 @@ def _run(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     return {
         **cell._asdict(),
         'accuracy': result['accuracy'],
+        'accuracies': {  # by the step, of every evaluation
+            str(line['step']): line['eval/accuracy']
+            for line in read_metrics(workdir)
+            if 'eval/accuracy' in line
+        },
         'examples': result['examples'],
         'params': count_params(run.state_shape.variables['params']),
         'steps': run.num_steps,
