@@ -1,4 +1,5 @@
 import gc
+import json
 import logging
 import resource
 import shutil
@@ -10,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from vit_jax.averaging import init_average
 from vit_jax.checkpoint import (
     Checkpoints,
     Choice,
@@ -303,10 +305,18 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     }
     names = ('accuracy', 'loss', 'ema_accuracy')
     config = {'checkpoint': {'keep_best': metric}, 'optim': {'ema_decay': 0.9}}
+    config['checkpoint']['every_steps'] = 10
     for step, values in scores.items():  # each of them after an interruption
-        with Checkpoints(tmp_path, keep=1, keep_best=metric) as checkpoints:
+        with Checkpoints(tmp_path, 1, 10, keep_best=metric) as checkpoints:
             evaluation = dict(zip(names, values))
-            checkpoints.save(step, make_state(step), {'config': config}, evaluation)
+            if step == 20:  # after a stop, the evaluation comes after the checkpoint
+                checkpoints.save(step, make_state(step), {'config': config})
+                checkpoints.note(step, evaluation)
+            else:
+                checkpoints.save(step, make_state(step), {'config': config}, evaluation)
+            with (tmp_path / 'metrics.jsonl').open('a') as file:
+                line = {f'eval/{name}': value for name, value in evaluation.items()}
+                file.write(json.dumps({'step': step, **line}) + '\n')
             if step == 30:  # as after a signal, between two evaluations
                 checkpoints.save(35, make_state(35), {'config': config})
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
@@ -314,6 +324,34 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     item = 'average' if metric == 'ema_accuracy' else 'variables'
     assert choose(tmp_path, 'best') == Choice((best,), item)
     assert choose(tmp_path, 'ema') == Choice((50,), 'average')
+
+
+def test_stops_push_out_no_checkpoint(tmp_path):
+    """What is kept in the end is what a run that was not stopped keeps."""
+    for step in (10, 20, 24, 27, 30, 38, 40, 43):  # every 10; others after signals
+        with Checkpoints(tmp_path, keep=3, every_steps=10) as checkpoints:
+            checkpoints.save(step, make_state(step), {})
+            checkpoints.wait()
+            kept = checkpoints.steps()
+        if step == 27:
+            assert kept == [10, 20, 27]
+    assert kept == [30, 40, 43]
+    with Checkpoints(tmp_path, keep=3, every_steps=10) as checkpoints:
+        checkpoints.save(50, make_state(50), {})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [30, 40, 50]
+
+
+def test_an_average_that_a_run_did_not_have_begins_with_its_parameters(
+    tmp_path, caplog
+):
+    state = make_state(5)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {})
+    found = restore(tmp_path, LIKE.replace(average=LIKE.variables)).state
+    assert_same_bits(found.replace(average=None), state)
+    assert_same_bits(found.average, init_average(state.variables))
+    assert 'checkpoint 5 has no average: it begins here' in caplog.text
 
 
 def test_the_average_is_a_checkpoint_s_own(tmp_path):

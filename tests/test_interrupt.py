@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 
+import jax
+import optax
 import pytest
 from test_train import NUM_STEPS, assert_bit_equal, final_state, small_config
 
@@ -17,6 +19,7 @@ from vit_jax.checkpoint import Checkpoints
 from vit_jax.errors import Stopped
 from vit_jax.interrupt import StopSignals
 from vit_jax.train import train
+from vit_jax.writer import read_evaluations
 
 
 def signalled_in_data(run, number, batches):
@@ -74,22 +77,56 @@ def test_a_run_stopped_while_it_waits_for_data(
     check_stops_and_goes_on(run, uninterrupted, tmp_path, batches)
 
 
-def test_a_run_stopped_in_an_evaluation(uninterrupted, tmp_path):
-    run = signalled_in_evaluation(uninterrupted[0], signal.SIGTERM, 1)
-    check_stops_and_goes_on(run, uninterrupted, tmp_path, step=5)
+@pytest.mark.parametrize(('evaluations', 'step'), [(1, 5), (3, NUM_STEPS)])
+def test_a_run_stopped_in_an_evaluation(uninterrupted, tmp_path, evaluations, step):
+    """It does not wait for its end, and makes it up when it goes on."""
+    run = signalled_in_evaluation(uninterrupted[0], signal.SIGTERM, evaluations)
+    check_stops_and_goes_on(run, uninterrupted, tmp_path, step)
+    _, workdir, _ = uninterrupted
+    assert list(read_evaluations(tmp_path)) == [5, 10, NUM_STEPS]
+    assert read_evaluations(tmp_path) == read_evaluations(workdir)
 
 
-def test_a_signal_in_the_last_evaluation_stops_what_comes_after(
-    uninterrupted, tmp_path
+def test_the_best_is_known_of_a_step_that_was_stopped_at(uninterrupted, tmp_path):
+    """Step 4 is evaluated and saved; there a signal comes, in the evaluation."""
+    run = uninterrupted[0]
+    periods = dataclasses.replace(run.periods, evaluate=4, save=4)
+    run = dataclasses.replace(run, periods=periods, keep=1, keep_best='loss')
+
+    start = jax.device_get(run.init().variables['params'])
+
+    def eval_step(variables, batch):  # the loss grows with the way from the start
+        metrics = uninterrupted[0].eval_step(variables, batch)
+        weight = metrics['loss'][1]
+        way = optax.tree.norm(optax.tree.sub(variables['params'], start))
+        return {**metrics, 'loss': (way * weight, weight)}
+
+    run = dataclasses.replace(run, eval_step=eval_step)
+    with pytest.raises(Stopped):
+        train(signalled_in_evaluation(run, signal.SIGTERM, 1), tmp_path)
+    train(run, tmp_path)
+    losses = {step: line['loss'] for step, line in read_evaluations(tmp_path).items()}
+    assert min(losses, key=losses.get) == 4
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [4, NUM_STEPS]
+
+
+def test_a_signal_in_the_last_save_stops_what_comes_after(
+    uninterrupted, tmp_path, monkeypatch
 ):
     """The run itself is whole; of several seeds, the next does not begin."""
     run, _, result = uninterrupted
-    last = signalled_in_evaluation(run, signal.SIGTERM, 5)  # two at 5 and 10 each
-    with pytest.raises(Stopped):
-        train(last, tmp_path)
+    save = Checkpoints.save
+
+    def signalled(self, step, *args):
+        save(self, step, *args)
+        if step == NUM_STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, 'save', signalled)
+    with pytest.raises(Stopped, match=f'finished at step {NUM_STEPS}, and stopped'):
+        train(run, tmp_path)
     assert train(run, tmp_path) == result
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert checkpoints.latest_step() == NUM_STEPS
 
 
 HANGING = '''

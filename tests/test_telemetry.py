@@ -41,6 +41,29 @@ def test_rates_of_the_time_there_was(run):
     assert 'flops_utilisation' not in rates  # nobody knows a CPU's peak
 
 
+@pytest.mark.parametrize(('working', 'idle'), [(0.0, 1.0), (0.1, 0.5), (0.5, 0.0)])
+def test_devices_wait_only_when_they_have_nothing_to_do(run, working, idle):
+    """A batch takes 0.2 s; the device is busy for the first part of it."""
+
+    class Metrics:  # a leaf that `jax.block_until_ready` waits for
+        def __init__(self):
+            self.ready = time.perf_counter() + working
+
+        def block_until_ready(self):
+            time.sleep(max(0.0, self.ready - time.perf_counter()))
+
+    def slow():
+        while True:
+            time.sleep(0.2)
+            yield 'batch'
+
+    clock, batches = Clock(run), slow()
+    for _ in range(3):
+        clock.called({'loss': Metrics()})
+        clock.wait_for(batches)
+    np.testing.assert_allclose(clock.rates()['data_wait'], idle, atol=0.2)
+
+
 def test_no_steps_have_no_rates(run):
     clock = Clock(run)
     clock.wait_for(itertools.repeat('batch'))
@@ -76,6 +99,8 @@ def test_a_cpu_beside_an_accelerator_is_told(monkeypatch):
     assert '/dev/nvidia0 is there, but JAX runs on the CPU' in warn_of_cpu()
     devices.clear()
     assert warn_of_cpu() is None
+    devices['/dev/vfio/[0-9]*'] = ['/dev/vfio/0']
+    assert "pip install -e '.[tpu]'" in warn_of_cpu()
 
 
 def test_a_profile_has_the_steps_that_were_asked_for(tmp_path):

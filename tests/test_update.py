@@ -165,12 +165,14 @@ def test_an_update_and_its_average():
     assert state.variables['stats'].tolist() == [7.0]
     assert state.average['params']['kernel'].tolist() == [0.625, 2.0, 2.5]
     assert state.average['stats'].tolist() == [5.5]
+    assert metrics.pop('nonfinite_leaf')[1] == 1.0
     assert metrics == {'loss': (8.0, 4.0), 'grad_norm': (5.0, 1.0)}
 
 
+@pytest.mark.parametrize('skip', [False, True])
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 @pytest.mark.parametrize('where', ['gradient', 'loss'])
-def test_a_step_that_is_not_finite_can_be_skipped(bad, where):
+def test_a_step_that_is_not_finite_changes_nothing(bad, where, skip):
     before = make_state(ema=True)
     grads = {'kernel': jnp.array([3.0, bad if where == 'gradient' else 0.0, 4.0])}
     loss = jnp.float32(bad if where == 'loss' else 8.0)
@@ -180,14 +182,26 @@ def test_a_step_that_is_not_finite_can_be_skipped(bad, where):
         {'stats': jnp.array([bad])},
         {'loss': (loss, jnp.float32(4.0))},
         tx=optax.sgd(0.5),
-        updates=Updates(ema_decay=0.75, skip_nonfinite=True),
+        updates=Updates(ema_decay=0.75, skip_nonfinite=skip),
     )
     assert state.step == 7
     for x, y in zip(*map(jax.tree.leaves, (state, before)), strict=True):
         if x is not state.step:
             assert x.tolist() == y.tolist()
-    assert metrics['skipped'] == (1.0, 1.0)
-    assert metrics['loss'] == metrics['grad_norm'] == (0.0, 0.0)
+    if skip:
+        assert metrics['skipped'] == (1.0, 1.0)
+        assert metrics['loss'] == metrics['grad_norm'] == (0.0, 0.0)
+    else:  # whoever reads the metrics stops the run
+        assert not np.isfinite([metrics['loss'][0], metrics['grad_norm'][0]]).all()
+
+
+def test_the_first_leaf_that_is_not_finite_is_numbered():
+    params = {'a': jnp.ones(2), 'b': jnp.ones(3), 'c': jnp.ones(5)}
+    tx = optax.sgd(0.5)
+    state = TrainState(jnp.int32(0), {'params': params}, tx.init(params))
+    grads = {**params, 'b': jnp.array([1.0, jnp.inf, 1.0]), 'c': jnp.full(5, jnp.nan)}
+    _, metrics = apply_gradients(state, grads, {}, METRICS, tx=tx, updates=Updates())
+    assert metrics['nonfinite_leaf'] == (1.0, 1.0)
 
 
 def test_a_finite_step_is_not_skipped():

@@ -1,6 +1,8 @@
 import io
 import json
+import shutil
 import sys
+import types
 
 import pytest
 
@@ -51,6 +53,28 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
         assert [line['step'] for line in read_metrics(tmp_path)] == [1, 2]
     write(tmp_path, 2, [3])
     assert [json.loads(line)['step'] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_of_weights_and_biases_is_this_run_not_its_path(tmp_path, monkeypatch):
+    started = []
+    tracker = types.SimpleNamespace(log=lambda *args, **kwargs: None, finish=lambda: 0)
+    errors = types.SimpleNamespace(Error=RuntimeError)
+
+    def init(**kwargs):
+        started.append(kwargs['id'])
+        return tracker
+
+    module = types.SimpleNamespace(init=init, errors=errors)
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    for _ in range(2):  # gone on with, then begun anew at the same path
+        for _ in range(2):
+            tmp_path.mkdir(exist_ok=True)
+            (tmp_path / 'config.json').write_text('{}')
+            with MetricWriter(tmp_path, 0, False, 'project'):
+                pass
+        shutil.rmtree(tmp_path)
+    first, same, other, again = started
+    assert first == same != other == again
 
 
 def test_no_metrics_yet(tmp_path):

@@ -2,15 +2,17 @@
 
 A workdir holds `checkpoints/<step>/` with three items: `variables` (all that the
 model needs), `optimizer`, and `metadata`, which says what the variables are: model,
-grid, classes, preprocessing, the resolved config, the position in the data, and the
-evaluation of that step. A run that averages its parameters has a fourth, `average`.
+grid, classes, preprocessing, the resolved config and the position in the data. A run
+that averages its parameters has a fourth, `average`. How good each is stands in the
+run's `metrics.jsonl`.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +21,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from vit_jax.averaging import mean_of
+from vit_jax.averaging import init_average, mean_of
 from vit_jax.errors import UserError, reason, some
 from vit_jax.state import TrainState
 from vit_jax.typing import Variables
+from vit_jax.writer import read_evaluations
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       keep: how many of the newest to keep; None for all.
+      every_steps: the period of saving, see `regular`.
       keep_best: name of a metric of the evaluation, by which the best one is kept as
         well; the lowest of a loss, the highest of others. Or None.
       read_only: whether the folder is another's, and left as it is.
@@ -48,17 +52,15 @@ class Checkpoints:
         self,
         workdir: pathlib.Path,
         keep: int | None = None,
+        every_steps: int = 1,
         keep_best: str | None = None,
         read_only: bool = False,
     ):
-        policies = [preservation_policy.LatestN(keep)]
-        score = None
-        if keep_best is not None:
-            score = _score(keep_best)
-            policies.append(_keep_best(score))
+        self._evaluations = read_evaluations(workdir)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            best_fn=score,  # so that the metrics are stored, and known when we go on
+            preservation_policy=_Retention(
+                keep, every_steps, keep_best, self._evaluations
+            ),
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # of saves that were cut off
         )
@@ -98,13 +100,13 @@ class Checkpoints:
           step: steps made.
           state: after them.
           metadata: what the checkpoint says of itself.
-          evaluation: metrics of this step, where there are.
+          evaluation: metrics of this step, where there are; see `note`.
 
         Raises:
           UserError: when this or the checkpoint before it cannot be written.
         """
         if evaluation:
-            metadata = {**metadata, 'evaluation': evaluation}
+            self.note(step, evaluation)
         optimizer = {'step': state.step, 'opt_state': state.opt_state}
         items = {
             'variables': ocp.args.StandardSave(state.variables),
@@ -114,9 +116,14 @@ class Checkpoints:
         if state.average is not None:
             items['average'] = ocp.args.StandardSave(state.average)
         with self._writing():
-            self._manager.save(
-                step, args=ocp.args.Composite(**items), metrics=evaluation
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def note(self, step: int, evaluation: dict[str, float]) -> None:
+        """Remembers how good a step is, by which the best one is kept.
+
+        `metrics.jsonl` has it too, for whoever opens the folder again.
+        """
+        self._evaluations[step] = evaluation
 
     def load_variables(self, step: int, like: Variables) -> Variables:
         """The model's variables of one checkpoint, of shapes and shardings `like`."""
@@ -160,14 +167,16 @@ class Checkpoints:
         }
         if like.average is not None:
             items['average'] = ocp.args.StandardRestore(like.average)
-        args = ocp.args.Composite(**items)
         steps = self.steps()[::-1]
         for step in steps:
             self._check_structure(step, 'variables', like.variables)
             self._check_structure(step, 'optimizer', optimizer)
+            # A run that goes on with an average which it did not have before.
+            if not (self._folder / str(step) / 'average').exists():
+                items.pop('average', None)
             restored = None
             try:
-                restored = self._manager.restore(step, args=args)
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # Orbax raises whatever its readers raise
                 log.warning('checkpoint %d cannot be read (%s)', step, reason(error))
             if not _everywhere(restored is not None):
@@ -175,10 +184,12 @@ class Checkpoints:
             assert restored is not None
             if steps[0] != step:
                 self._set_aside(steps[: steps.index(step)], step)
+            average = restored.get('average')
+            if average is None and like.average is not None:
+                average = init_average(restored.variables)
+                log.warning('checkpoint %d has no average: it begins here', step)
             state = TrainState(
-                variables=restored.variables,
-                average=restored.get('average'),
-                **restored.optimizer,
+                variables=restored.variables, average=average, **restored.optimizer
             )
             return Restored(step, state, restored.metadata)
         if steps:
@@ -291,6 +302,7 @@ def choose(workdir: pathlib.Path, wanted: str) -> Choice:
     """
     latest = latest_step(workdir)
     config = load_metadata(workdir, latest).get('config', {})
+    period = config.get('checkpoint', {}).get('every_steps', 1)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if wanted == 'latest':
@@ -305,25 +317,23 @@ def choose(workdir: pathlib.Path, wanted: str) -> Choice:
                 raise UserError(
                     f'{workdir} has no best: it has no checkpoint.keep_best'
                 )
-            found = {step: checkpoints.load_metadata(step) for step in steps}
-            score = _score(metric)
-            steps = [n for n in steps if metric in found[n].get('evaluation', {})]
-            if not steps:
-                raise UserError(f'{workdir} has no best yet: no {metric} is stored')
-            step = max(steps, key=lambda step: score(found[step]['evaluation']))
+            step = best(regular(steps, period), metric, read_evaluations(workdir))
+            if step is None:
+                raise UserError(
+                    f'{workdir} has no best yet: its metrics.jsonl has no {metric} of '
+                    'a checkpoint'
+                )
             item = 'average' if metric.startswith('ema_') else 'variables'
             return Choice((step,), item)
     name, _, number = wanted.partition(':')
-    # Where a run was stopped by a signal is no place of its own.
-    period = config.get('checkpoint', {}).get('every_steps', 1)
-    regular = [step for step in steps if step % period == 0 or step == latest]
-    if name == 'last' and number.isdecimal() and 0 < int(number) <= len(regular):
-        return Choice(tuple(regular[-int(number) :]))
+    newest = regular(steps, period)
+    if name == 'last' and number.isdecimal() and 0 < int(number) <= len(newest):
+        return Choice(tuple(newest[-int(number) :]))
     if wanted.isdecimal() and int(wanted) in steps:
         return Choice((int(wanted),))
     raise UserError(
         f'{workdir}@{wanted} is none of its weights: @latest, @best, @ema, '
-        f'@last:N up to {len(regular)}, or @ one of the steps {some(map(str, steps))}'
+        f'@last:N up to {len(newest)}, or @ one of the steps {some(map(str, steps))}'
     )
 
 
@@ -390,17 +400,53 @@ def shapes_on(sharding: Any, tree: Any) -> Any:
     )
 
 
-def _score(metric: str) -> Callable[[dict[str, float]], float]:
-    """An evaluation's score by that metric, the higher the better."""
+def regular(steps: Sequence[int], every_steps: int) -> list[int]:
+    """The steps that a run saves by itself, and the newest whatever it is.
+
+    Where a run was stopped by a signal is no place of its own: it must not push out
+    others, or what an interrupted run keeps is not what it would keep otherwise.
+
+    Args:
+      steps: of all checkpoints, in their order.
+      every_steps: the period of saving.
+
+    >>> regular([10, 17, 20, 23], 10)
+    [10, 20, 23]
+    """
+    return [n for n in steps if n % every_steps == 0 or n == steps[-1]]
+
+
+def best(
+    steps: Sequence[int], metric: str, evaluations: dict[int, dict[str, float]]
+) -> int | None:
+    """The step whose evaluation is best, the first of equals; None of none evaluated.
+
+    >>> best([10, 20, 30], 'loss', {10: {'loss': 0.5}, 20: {'loss': 0.2}})
+    20
+    """
     sign = -1.0 if metric.endswith('loss') else 1.0
-    return lambda evaluation: sign * evaluation[metric]
+    known = [n for n in steps if metric in evaluations.get(n, {})]
+    scores = {n: sign * evaluations[n][metric] for n in known}
+    return max(scores, key=scores.__getitem__) if scores else None
 
 
-def _keep_best(
-    score: Callable[[dict[str, float]], float],
-) -> preservation_policy.PreservationPolicy:
-    return preservation_policy.BestN(
-        get_metric_fn=score,
-        n=1,
-        keep_checkpoints_without_metrics=False,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Retention(preservation_policy.PreservationPolicy):
+    """Which checkpoints stay: the newest `regular` ones, and the best of them."""
+
+    keep: int | None
+    every_steps: int
+    keep_best: str | None
+    evaluations: dict[int, dict[str, float]]
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps)
+        if self.keep is not None:
+            newest = regular(steps, self.every_steps)
+            kept = set(newest[-self.keep :])
+            if self.keep_best is not None:
+                kept.add(best(newest, self.keep_best, self.evaluations))
+        return [step in kept for step in steps]

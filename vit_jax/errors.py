@@ -61,7 +61,8 @@ class Stopped(Exception):
       waiting: whether it waited for data, whose threads may hang.
     """
 
-    def __init__(self, step: int, waiting: bool = False):
-        super().__init__(f'stopped after step {step}, saved; the same command goes on')
+    def __init__(self, step: int, waiting: bool = False, finished: bool = False):
+        after = f'stopped after step {step}, saved; the same command goes on'
+        super().__init__(f'finished at step {step}, and stopped' if finished else after)
         self.step = step
         self.waiting = waiting

@@ -1,13 +1,13 @@
 """One exact pass over a split: every example counts once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import jax
 
 from vit_jax import metrics
 from vit_jax.build import Run
-from vit_jax.typing import Variables
+from vit_jax.typing import Metrics, Variables
 
 
 def evaluate(
@@ -23,12 +23,22 @@ def evaluate(
     Returns:
       Name -> mean over the examples; 'examples' -> how many there are.
     """
+    return evaluate_all(run, [variables], eval_step)[0]
+
+
+def evaluate_all(
+    run: Run, models: Sequence[Variables], eval_step: Callable | None = None
+) -> list[dict[str, float]]:
+    """The metrics of several variables of the model, in one pass over the data."""
     eval_step = eval_step or run.parallel.eval_step(run.eval_step)
     with closing(run.eval_data()) as data:
-        pairs = []
+        batches: list[list[Metrics]] = []
         for batch in run.parallel.prefetch(data):
-            pairs.append(eval_step(variables, batch))
-            jax.block_until_ready(pairs[-3:-2])  # two batches ahead, as in training
-    pairs = jax.device_get(pairs)
-    examples = sum(float(batch['loss'][1]) for batch in pairs)
-    return {**metrics.mean(pairs), 'examples': round(examples)}
+            batches.append([eval_step(variables, batch) for variables in models])
+            jax.block_until_ready(batches[-3:-2])  # two ahead, as in training
+    return [_summarize(pairs) for pairs in zip(*jax.device_get(batches))]
+
+
+def _summarize(batches: Sequence[Metrics]) -> dict[str, float]:
+    examples = sum(float(batch['loss'][1]) for batch in batches)
+    return {**metrics.mean(batches), 'examples': round(examples)}

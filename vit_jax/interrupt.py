@@ -67,7 +67,7 @@ class StopSignals:
         For what may wait for ever, such as data that does not come. Raises at once
         where the signal has come before.
         """
-        if self.asked:
+        if self.asked and jax.process_count() == 1:
             raise KeyboardInterrupt
         self._interrupting = True
         try:

@@ -5,15 +5,23 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
 from vit_jax.build import Run
 from vit_jax.hardware import find_hardware
 from vit_jax.summary import count
-from vit_jax.typing import Batch
+from vit_jax.typing import Batch, Metrics
 
 MUCH_WAITING = 0.3  # of the time, above which the user is told
+
+# Files of devices, and the extra that makes JAX use them.
+_ACCELERATORS = (
+    ('/dev/nvidia[0-9]*', 'gpu'),
+    ('/dev/accel*', 'tpu'),
+    ('/dev/vfio/[0-9]*', 'tpu'),  # of newer TPU hosts
+)
 
 
 class Clock:
@@ -31,6 +39,8 @@ class Clock:
         # The forward pass once and the backward pass, which is twice as much; what is
         # computed again for memory's sake is no use (PaLM, arXiv 2204.02311, app. B).
         self._flops = 3 * 2 * count(run.model, _shape(run))[1] if hardware else None
+        self._watcher = ThreadPoolExecutor(1, 'device')
+        self._finished: Future[float] | None = None  # when the last call was
         self.start()
 
     def start(self) -> None:
@@ -40,29 +50,46 @@ class Clock:
         self._steps = 0
 
     def wait_for(self, batches: Iterator[Batch], steps: int = 1) -> Batch:
-        """The next batch, of that many steps; counts the time until it is there."""
+        """The next batch, of that many steps; counts the time without work for the
+        devices until it is there.
+        """
         before = time.perf_counter()
         batch = next(batches)
-        self._waited += time.perf_counter() - before
+        if self._finished is None:
+            self._waited += time.perf_counter() - before
+        elif self._finished.done() and not self._finished.exception():
+            idle_since = max(before, self._finished.result())
+            self._waited += time.perf_counter() - idle_since
         self._steps += steps
         return batch
 
+    def called(self, metrics: Metrics) -> None:
+        """To be told of each call of the compiled step, by what it returned."""
+
+        def when_ready() -> float:
+            jax.block_until_ready(metrics)
+            return time.perf_counter()
+
+        self._finished = self._watcher.submit(when_ready)
+
     def seconds(self) -> float:
-        return time.perf_counter() - self._start
+        """Since it counts, without the time that devices waited for data."""
+        return time.perf_counter() - self._start - self._waited
 
     def rates(self) -> dict[str, float]:
-        """Seconds per step, images per second, the share of the time that went into
-        waiting for data; where they are known, the share of the devices' peak FLOP/s
-        that the model needed, and the most memory that was in use, in GiB.
+        """Seconds per step, images per second, the share of the time in which devices
+        had to wait for data; where they are known, the share of the devices' peak
+        FLOP/s that the model needed, and the most memory that was in use, in GiB.
         """
         if not self._steps:
             return {}
-        step_seconds = self.seconds() / self._steps
+        seconds = time.perf_counter() - self._start
+        step_seconds = seconds / self._steps
         images_per_second = self._batch_size / step_seconds
         rates = {
             'step_seconds': step_seconds,
             'images_per_second': images_per_second,
-            'data_wait': self._waited / self.seconds(),
+            'data_wait': self._waited / seconds,
         }
         if self._flops and self._peak:
             flops = self._flops * images_per_second / self._num_devices
@@ -125,7 +152,7 @@ def warn_of_cpu() -> str | None:
     """What to say when JAX runs on the CPU of a machine with accelerators, or None."""
     if jax.default_backend() != 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
         return None
-    for pattern, extra in (('/dev/nvidia[0-9]*', 'gpu'), ('/dev/accel*', 'tpu')):
+    for pattern, extra in _ACCELERATORS:
         if glob.glob(pattern):
             return (
                 f'warning: {glob.glob(pattern)[0]} is there, but JAX runs on the CPU; '

@@ -4,29 +4,27 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import NoReturn
 
 import jax
 import numpy as np
 
-from vit_jax import metrics
 from vit_jax.averaging import init_average, mean_of
 from vit_jax.build import Run
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.errors import Stopped, UserError
-from vit_jax.evaluate import evaluate
+from vit_jax.evaluate import evaluate, evaluate_all
 from vit_jax.interrupt import StopSignals
 from vit_jax.parallel import bytes_per_device
+from vit_jax.recent import RecentSteps
 from vit_jax.state import TrainState
 from vit_jax.summary import count_params
 from vit_jax.telemetry import Clock, Profile, warn_of_cpu, warn_of_waiting
-from vit_jax.typing import Metrics, Variables
+from vit_jax.typing import Variables
 from vit_jax.workdir import open_workdir, write_launch
-from vit_jax.writer import MetricWriter, Progress, format_metrics, read_metrics
-
-# Steps in a row without a finite gradient, after which skipping them is no way on.
-MANY_SKIPPED = 20
+from vit_jax.writer import MetricWriter, Progress, format_metrics, read_evaluations
 
 
 def train(
@@ -57,14 +55,9 @@ def train(
     with (
         open_workdir(workdir, config, allow_changes),
         StopSignals() as signals,
-        Checkpoints(workdir, run.keep, run.keep_best) as checkpoints,
+        Checkpoints(workdir, run.keep, run.periods.save, run.keep_best) as checkpoints,
     ):
         run.eval_data().close()  # data that is not there is missed now, not at the end
-
-        # A finished run is left as it is.
-        if checkpoints.latest_step() == run.num_steps:
-            print(f'{workdir} holds this run, already finished', file=sys.stderr)
-            return _last_evaluation(workdir)
         _check_continues(run, checkpoints)
 
         # State and position in the data: the newest checkpoint's, or the beginning.
@@ -75,6 +68,11 @@ def train(
             position = restored.metadata['position']
         else:
             step, state, position = 0, _initial_state(run, workdir), 0
+        # A finished run is left as it is. One that was stopped may lack an evaluation.
+        evaluation = read_evaluations(workdir).get(step, {}) if restored else {}
+        if step == run.num_steps and evaluation:
+            print(f'{workdir} holds this run, already finished', file=sys.stderr)
+            return evaluation
         if run.load_teacher:
             teacher = run.load_teacher(sharding=run.parallel.leaf_sharding)
             state = state.replace(teacher=teacher)  # type: ignore[attr-defined]
@@ -82,8 +80,9 @@ def train(
 
         train_step = run.parallel.train_step(run.train_steps, run.state_shape)
         eval_step = run.parallel.eval_step(run.eval_step)
-        pending: list[Metrics] = []  # of the steps since the last log, on device
+        recent = RecentSteps()
         once: dict[str, float] = {}  # what the first log says beside the others
+        programs: set[int] = set()  # steps of the calls that have been compiled
         clock = Clock(run)
         with (
             closing(run.feed(step, position)) as batches,
@@ -93,7 +92,7 @@ def train(
         ):
 
             def log() -> None:
-                values = _fetch(pending, step, state)
+                values = recent.fetch(step, state.variables['params'])
                 values['learning_rate'] = float(run.schedule(step - 1))
                 values |= _seen(run, position)
                 rates = clock.rates()
@@ -101,17 +100,46 @@ def train(
                 once.clear()
                 progress.train(step, values, rates)
                 progress.say_once('waiting', warn_of_waiting(rates))
-                pending.clear()
+                recent.clear()
                 clock.start()
 
             def save(evaluation: dict[str, float] | None = None) -> None:
-                _fetch(pending, step, state)  # raises if a step was not finite
+                recent.fetch(step, state.variables['params'])  # raises if not finite
                 metadata = {**run.metadata, 'position': position}
                 checkpoints.save(step, state, metadata, evaluation)
                 clock.start()
 
+            def stop(waiting: bool = False) -> NoReturn:
+                if recent:
+                    log()
+                if checkpoints.latest_step() != step:
+                    save()
+                checkpoints.wait()
+                raise Stopped(step, waiting)
+
+            def evaluate_now() -> dict[str, float]:
+                try:
+                    with signals.interrupting():  # who asks to stop may not wait
+                        result = _evaluate(run, state, eval_step, step)
+                        if step == run.num_steps and run.average:
+                            result |= _evaluate_average(
+                                run, state, eval_step, checkpoints, shardings
+                            )
+                except KeyboardInterrupt:
+                    if not signals.asked:
+                        raise
+                    stop()
+                writer.write(step, _prefix('eval/', result))
+                progress.say(f'step {step}  evaluation: {format_metrics(result)}')
+                clock.start()
+                return result
+
             progress.say(_describe(run, step, shardings))
-            start, stop = step, False
+            if step and not evaluation and _evaluates(run, step):
+                evaluation = evaluate_now()
+                checkpoints.note(step, evaluation)
+            clock.start()
+            stopping = False
             for end in run.periods.calls(step, run.num_steps):
                 profile.before(step + 1)
                 steps = end - step  # of this call: one, or several of data on device
@@ -121,58 +149,40 @@ def train(
                 except KeyboardInterrupt:
                     if not signals.asked:
                         raise
-                    # Asked to stop between two steps, perhaps in a wait without end.
-                    if pending:
-                        log()
-                    if checkpoints.latest_step() != step:
-                        save()
-                    checkpoints.wait()
-                    raise Stopped(step, waiting=True) from None
+                    stop(waiting=True)  # perhaps without end
                 state, step_metrics = train_step(state, batch)
                 step, position = end, position + steps * run.batch_size
-                pending.append(step_metrics)
-                # The host may run two steps ahead of the device, not more: batches
-                # in flight take memory.
-                two_calls_ago = pending[-3:-2]
-                jax.block_until_ready(two_calls_ago)
+                clock.called(step_metrics)
+                recent.add(step_metrics)
+                recent.wait()
                 progress.advance(steps)
                 profile.after(step, state)
-                if step - steps == start:
+                if steps not in programs:
                     jax.block_until_ready(step_metrics)
-                    once['compile_seconds'] = clock.seconds()
-                    progress.say(f'first step, compiled: {clock.seconds():.1f} s')
+                    once['compile_seconds'] = seconds = clock.seconds()
+                    if not programs:
+                        progress.say(f'first step, compiled: {seconds:.1f} s')
+                    programs.add(steps)
                     clock.start()
 
                 last = step == run.num_steps
-                stop = signals.stop()
-                if step % run.periods.log == 0 or last or stop:
+                stopping = signals.stop()
+                if stopping and not last:
+                    stop()
+                if step % run.periods.log == 0 or last:
                     log()
-                if stop and not last:  # who asked may not wait for an evaluation
-                    save()
-                    checkpoints.wait()
-
-                evaluation: dict[str, float] = {}
-                if step % run.periods.evaluate == 0 or last:
-                    evaluation = _evaluate(run, state, eval_step, step)
-                    if last and run.average:
-                        evaluation |= _evaluate_average(
-                            run, state, eval_step, checkpoints, shardings
-                        )
-                    writer.write(step, _prefix('eval/', evaluation))
-                    progress.say(
-                        f'step {step}  evaluation: {format_metrics(evaluation)}'
-                    )
-                    clock.start()
-
-                if stop and not last:
-                    raise Stopped(step)
+                evaluation = evaluate_now() if _evaluates(run, step) else {}
                 # Last, so that all metrics up to a checkpoint's step are written.
                 if step % run.periods.save == 0 or last:
                     save(evaluation)
         checkpoints.wait()
-        if stop or signals.asked:
-            raise Stopped(step)
+        if stopping or signals.stop():
+            raise Stopped(step, finished=True)
     return evaluation
+
+
+def _evaluates(run: Run, step: int) -> bool:
+    return step % run.periods.evaluate == 0 or step == run.num_steps
 
 
 def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
@@ -198,45 +208,6 @@ def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
         raise UserError(
             f'the workdir is at step {step}, past the {run.num_steps} of this run'
         )
-
-
-def _fetch(
-    pending: Sequence[Metrics], step: int, state: TrainState
-) -> dict[str, float]:
-    """The mean of the metrics of the steps up to `step`, and how many were skipped.
-
-    Raises:
-      UserError: when a metric, the gradient's norm among them, was not finite; names
-        the first such step. Also when all of many steps were skipped for that reason.
-    """
-    steps = metrics.per_step(jax.device_get(pending))
-    for i, pairs in enumerate(steps):
-        bad = [name for name, (total, _) in pairs.items() if not np.isfinite(total)]
-        if bad:
-            params = state.variables['params']
-            leaf = next(
-                (
-                    jax.tree_util.keystr(path, simple=True, separator='/')
-                    for path, x in jax.tree_util.tree_leaves_with_path(params)
-                    if not jax.numpy.isfinite(x).all()
-                ),
-                'none yet',
-            )
-            raise UserError(
-                f'{bad[0]} is {pairs[bad[0]][0]} at step {step - len(steps) + 1 + i} '
-                f'(first parameter that is not finite: {leaf}); what was saved before '
-                'is kept. Try a lower learning rate, a longer warm-up or '
-                'optim.clip_norm'
-            )
-    values = metrics.mean(steps)
-    if 'skipped' in values:
-        values['skipped'] = sum(int(pairs['skipped'][0]) for pairs in steps)
-        if values['skipped'] == len(steps) >= MANY_SKIPPED:
-            raise UserError(
-                f'none of the {len(steps)} steps up to step {step} had a finite '
-                'gradient; what was saved before is kept'
-            )
-    return values
 
 
 def _seen(run: Run, position: int) -> dict[str, float]:
@@ -276,14 +247,15 @@ def _evaluate(
     run: Run, state: TrainState, eval_step: Callable, step: int
 ) -> dict[str, float]:
     """The metrics of the parameters, and of their average where there is one."""
-    result = evaluate(run, state.variables, eval_step)
+    averages = [] if state.average is None else [state.average]
+    result, *others = evaluate_all(run, [state.variables, *averages], eval_step)
     if not np.isfinite(result['loss']):
         raise UserError(
             f'the loss of the evaluation is {result["loss"]} after step {step}; what '
             'was saved before is kept'
         )
-    if state.average is not None:
-        result |= _beside('ema_', evaluate(run, state.average, eval_step))
+    for other in others:
+        result |= _beside('ema_', other)
     return result
 
 
@@ -295,14 +267,21 @@ def _evaluate_average(
     shardings: TrainState,
 ) -> dict[str, float]:
     """The metrics of the mean of the last checkpoints, of which `state` is one."""
+    last = run.num_steps
     checkpoints.wait()
     like = shapes_on(shardings.variables, run.state_shape.variables)
+    steps = [n for n in checkpoints.steps() if n % run.periods.save == 0 and n < last]
+    steps = steps[::-1][: run.average - 1]
+    if len(steps) < run.average - 1:
+        print(
+            f'warning: an average of {len(steps) + 1} checkpoints, not of '
+            f'{run.average}: there are no more',
+            file=sys.stderr,
+        )
 
     def variables() -> Iterator[Variables]:
         yield state.variables
-        # Where the run was stopped by a signal is no place of its own.
-        steps = [n for n in checkpoints.steps() if n % run.periods.save == 0]
-        for step in steps[::-1][: run.average - 1]:
+        for step in steps:
             try:
                 yield checkpoints.load_variables(step, like)
             except UserError as error:
@@ -343,11 +322,3 @@ def _describe(run: Run, start: int, shardings: TrainState) -> str:
         f'steps {start + 1} to {run.num_steps}',
     ]
     return '\n'.join(filter(None, lines))
-
-
-def _last_evaluation(workdir: pathlib.Path) -> dict[str, float]:
-    for line in reversed(read_metrics(workdir)):
-        if 'eval/loss' in line:
-            values = {k.removeprefix('eval/'): v for k, v in line.items()}
-            return {k: v for k, v in values.items() if k != 'step'}
-    return {}

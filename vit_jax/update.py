@@ -33,8 +33,8 @@ class Updates:
       freeze: patterns of parameters that have no gradient, matched at the start of
         their paths.
       ema_decay: of `TrainState.average`; None keeps no average.
-      skip_nonfinite: whether a step whose gradient is not finite changes nothing but
-        the step's number, and has no weight in the metrics except 'skipped'.
+      skip_nonfinite: whether a step whose gradient is not finite has no weight in the
+        metrics but is counted there, as 'skipped'.
     """
 
     accum_steps: int = 1
@@ -118,6 +118,10 @@ def apply_gradients(
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics with 'grad_norm' (before clipping).
 
+    A step whose loss or gradient is not finite changes nothing but the step's number
+    and counters, so that what was wrong before it can still be told; 'nonfinite_leaf'
+    is the number of the gradient's first leaf that is not finite.
+
     Args:
       state: before the step.
       grads: of the global batch, as `state.variables['params']`.
@@ -128,6 +132,8 @@ def apply_gradients(
     """
     params = state.variables['params']
     grad_norm = optax.tree.norm(grads)
+    leaf_norms = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)])
+    bad_leaf = jnp.argmax(~jnp.isfinite(leaf_norms)).astype(jnp.float32)
     deltas, opt_state = tx.update(grads, state.opt_state, params)
     variables = {'params': optax.apply_updates(params, deltas), **others}
     average = state.average
@@ -136,17 +142,22 @@ def apply_gradients(
     new = state.replace(  # type: ignore[attr-defined]
         variables=variables, opt_state=opt_state, average=average
     )
-    metrics = {**metrics, 'grad_norm': (grad_norm, jnp.ones(()))}
+    one = jnp.ones(())
+    metrics = {
+        **metrics,
+        'grad_norm': (grad_norm, one),
+        'nonfinite_leaf': (bad_leaf, one),
+    }
+    total_loss, _ = metrics['loss']
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(total_loss)
+
+    # Counters go on: the schedule is one of steps, skipped or not.
+    def keep(x: Array, old: Array) -> Array:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.where(finite, x, old) if floating else x
+
+    new = jax.tree.map(keep, new, state)
     if updates.skip_nonfinite:
-        total_loss, _ = metrics['loss']
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(total_loss)
-
-        # Counters go on: the schedule is one of steps, skipped or not.
-        def keep(x: Array, old: Array) -> Array:
-            floating = jnp.issubdtype(x.dtype, jnp.floating)
-            return jnp.where(finite, x, old) if floating else x
-
-        new = jax.tree.map(keep, new, state)
         metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
-        metrics['skipped'] = (jnp.where(finite, 0.0, 1.0), jnp.ones(()))
+        metrics['skipped'] = (jnp.where(finite, 0.0, 1.0), one)
     return new.replace(step=state.step + 1), metrics

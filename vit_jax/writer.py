@@ -4,12 +4,12 @@ Of several processes, the first one writes and speaks for all.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
 import statistics
 import sys
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +89,19 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     return lines
 
 
+def read_evaluations(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+    """Step -> metrics of its evaluation, from a run's `metrics.jsonl`."""
+    return {
+        int(line['step']): {
+            name.removeprefix('eval/'): value
+            for name, value in line.items()
+            if name != 'step'
+        }
+        for line in read_metrics(workdir)
+        if 'eval/loss' in line
+    }
+
+
 def _start_wandb(project: str, workdir: pathlib.Path) -> Any:
     """A run of Weights & Biases that goes on where the workdir's was."""
     try:
@@ -98,12 +111,15 @@ def _start_wandb(project: str, workdir: pathlib.Path) -> Any:
             'config.log.wandb needs wandb, which is not installed: pip install wandb'
         ) from error
     config = json.loads((workdir / 'config.json').read_text())
-    identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:12]
+    # Of this run, not of its path, at which another run may have been before.
+    file = workdir / 'wandb_id'
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
     try:
         return wandb.init(
             project=project,
             name=workdir.name,
-            id=identity,
+            id=file.read_text().strip(),
             resume='allow',
             dir=workdir,
             config=config,
