@@ -328,6 +328,7 @@ OTHERS = {
     ),
     'optim.name': ('sgd', 'init train_step'),
     'optim.learning_rate': (0.1, 'train_step schedule'),
+    'optim.end_learning_rate': (1e-4, 'train_step schedule'),
     'optim.weight_decay': (0.1, 'train_step'),
     'optim.clip_norm': (1.0, 'train_step'),
     'optim.schedule': ('constant', 'train_step schedule'),
@@ -395,7 +396,11 @@ def test_every_key_counts(key, fork, unread):
         ),
         (
             {'optim.name': 'sgd', 'augment.crop': 'pad', 'init.weights': '/there'},
-            {'augment.min_scale', *MIXING},
+            {'augment.min_scale', 'optim.b2', *MIXING},
+        ),
+        (
+            {'optim.schedule': 'constant', 'augment.crop': 'pad'},
+            {'augment.min_scale', 'init.new_head', 'optim.end_learning_rate', *MIXING},
         ),
     ],
 )
@@ -542,6 +547,20 @@ def test_splits_without_images(tmp_path):
 def test_splits_as_tfds_writes_them(split):
     run = build(make_config(**{'dataset.eval_split': split}))
     assert run.metadata['eval_split'] == split
+
+
+def test_what_a_recipe_turns_on_can_be_turned_off():
+    config = make_config(**{'augment.crop': 'pad', 'augment.pad': 2})
+    config.augment.crop = 'none'
+    with pytest.raises(UserError, match=r'config\.augment\.pad is set to 2'):
+        build(config)
+    build(config, named=['augment.crop'])
+
+
+def test_a_profile_past_the_end_is_refused():
+    config = make_config(num_steps=6, **{'log.profile_steps': '7:9'})
+    with pytest.raises(UserError, match='begins at step 7; the run has 6'):
+        build(config)
 
 
 def test_a_key_that_is_named_must_be_read():

@@ -294,6 +294,9 @@ def test_reader_of_a_key_that_does_not_exist():
         ({'augment.pad': 7}, ['augment.flip'], [], False),  # it was read
         ({}, ['augment.pad'], ['augment.pad'], True),  # named, though at its default
         ({}, ['augment.pad'], ['augment.flip'], False),
+        # The recipe's, whose switch the user has turned off.
+        ({'augment.pad': 7}, ['augment.pad'], ['augment.crop'], False),
+        ({'augment.pad': 7}, ['augment.pad'], ['augment.crop', 'augment.pad'], True),
         ({'model.kwargs': {'depth': 3}}, ['model.kwargs.depth'], [], True),
         ({'dataset.image_size': (3, 5)}, ['dataset.image_size'], [], True),
     ],

@@ -62,6 +62,16 @@ def test_cosine_at_its_corners():
     np.testing.assert_allclose(values, [0, 0.35, 0.7, 0.35, 0, 0], atol=1e-7)
 
 
+@pytest.mark.parametrize('name', ['cosine', 'linear'])
+def test_schedules_may_end_above_zero(name):
+    """Half-way down is half-way between the peak and the end."""
+    schedule = make_schedule(name, RATE, 14, 4, end_learning_rate=0.1)
+    values = [float(schedule(step)) for step in (2, 4, 9, 14, 23)]
+    np.testing.assert_allclose(values, [0.35, 0.7, 0.4, 0.1, 0.1], atol=1e-7)
+    with pytest.raises(UserError, match=r'end_learning_rate 0.8 is above .* 0.7'):
+        make_schedule(name, RATE, 14, 4, end_learning_rate=0.8)
+
+
 @pytest.mark.parametrize(
     ('name', 'points'),
     [
@@ -103,7 +113,7 @@ def test_cool_downs_that_do_not_fit(cooldown_steps):
 
 def test_schedules_that_make_no_sense():
     for name in ('cosine', 'linear'):
-        with pytest.raises(UserError, match=f'{name!r} ends at 0 without'):
+        with pytest.raises(UserError, match=f'{name!r} has an end'):
             make_schedule(name, RATE, 7, 2, cooldown_steps=1)
     with pytest.raises(UserError, match=r"'rsqrt' is measured in optim\.warmup_steps"):
         make_schedule('rsqrt', RATE, 7)

@@ -23,7 +23,7 @@ from vit_jax.errors import UserError, unknown
 from vit_jax.feed import feed_from_device, feed_from_host
 from vit_jax.image_data import count_steps, make_image_data
 from vit_jax.modules import make_model
-from vit_jax.optim import make_optimizer, make_schedule
+from vit_jax.optim import DECAYING, make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
 from vit_jax.pretrained import Report, load_variables
 from vit_jax.pretrained.published import model_facts
@@ -133,8 +133,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
 
     Args:
       config: from `default_config`, by way of a recipe.
-      named: keys that the user named; one that this run does not read is an error,
-        even at its default.
+      named: keys that the user named, see `check_unread`.
 
     Raises:
       UserError: for values that do not fit each other, and for keys that were set
@@ -159,6 +158,7 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
         num_steps,
         c.optim.warmup_steps,
         c.optim.cooldown_steps,
+        c.optim.end_learning_rate if c.optim.schedule in DECAYING else 0.0,
     )
     tx = make_optimizer(
         c.optim.name,
@@ -166,7 +166,8 @@ def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
         weight_decay=c.optim.weight_decay,
         clip_norm=c.optim.clip_norm,
         b1=c.optim.b1,
-        b2=c.optim.b2,
+        # Read only where it counts, so that setting it elsewhere is an error.
+        **({} if c.optim.name == 'sgd' else {'b2': c.optim.b2}),
         layer_decay=c.optim.layer_decay,
         rules=c.optim.rules,
         freeze=c.optim.freeze,
@@ -309,6 +310,11 @@ def _check_checkpoints(run: Run) -> None:
             names += [f'ema_{name}' for name in names]
         if run.keep_best not in names:
             raise unknown('metric in checkpoint.keep_best', run.keep_best, names)
+    first, _ = run.periods.profile or (1, 0)
+    if first > run.num_steps:
+        raise UserError(
+            f'log.profile_steps begins at step {first}; the run has {run.num_steps}'
+        )
     if run.keep_best is not None and run.periods.save % run.periods.evaluate:
         raise UserError(
             f'checkpoint.keep_best needs an evaluation at each checkpoint: '

@@ -90,7 +90,8 @@ def default_config(task: str = 'classify') -> ConfigDict:
     config.optim.b1 = 0.9  # decay of the mean of gradients; momentum of 'sgd'
     config.optim.b2 = 0.999  # decay of the mean of their squares
     config.optim.clip_norm = config_dict.placeholder(float)  # of the whole gradient
-    config.optim.schedule = 'cosine'  # to 0; or 'linear' (to 0), 'rsqrt', 'constant'
+    config.optim.schedule = 'cosine'  # or 'linear', 'rsqrt', 'constant'
+    config.optim.end_learning_rate = 0.0  # where 'cosine' and 'linear' end
     config.optim.warmup_steps = 0  # linear from 0
     config.optim.cooldown_steps = 0  # linear to 0, at the end of the run
     config.optim.label_smoothing = 0.0
@@ -245,6 +246,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             'dataset.num_workers',
             'augment.pad',
             'optim.learning_rate',
+            'optim.end_learning_rate',
             'optim.weight_decay',
             'optim.cooldown_steps',
             'augment.mixup',
@@ -293,12 +295,14 @@ def check_unread(
     Args:
       config: the config of the run.
       unread: keys that the run did not read.
-      named: keys that the user named, which count as set even at their default.
+      named: keys that the user named, which count as set even at their default. Then
+        the recipe's own are no errors: whoever turns something off on the command line
+        need not know what else the recipe says of it.
     """
     defaults = dict(flatten(default_config(config.task)))
     for key, value in flatten(config):
-        is_set = key in named or key not in defaults or value != defaults[key]
-        if key in unread and is_set:
+        is_set = key not in defaults or value != defaults[key]
+        if key in unread and (key in named if named else is_set):
             raise UserError(
                 f'config.{key} is set to {value!r}, but this run does not read it; '
                 f'leave it out, or set what makes use of it'

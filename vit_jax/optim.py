@@ -20,6 +20,7 @@ from vit_jax.typing import Array
 
 OPTIMIZERS = ('adamw', 'sgd', 'lamb', 'adafactor')
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'constant')
+DECAYING = ('cosine', 'linear')  # to an end that is told
 
 
 def make_schedule(
@@ -28,11 +29,12 @@ def make_schedule(
     num_steps: int,
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
+    end_learning_rate: float = 0.0,
 ) -> optax.Schedule:
     """Step -> learning rate: a linear warm-up from 0, the named curve, a cool-down.
 
     Args:
-      name: 'cosine' or 'linear' (both to 0 at `num_steps`), 'constant', or 'rsqrt'
+      name: 'cosine' or 'linear' (to `end_learning_rate`), 'constant', or 'rsqrt'
         (arXiv 1706.03762, equation 3: `learning_rate * sqrt(warmup_steps / step)`,
         which knows no end).
       learning_rate: at its highest, where the warm-up ends.
@@ -40,11 +42,13 @@ def make_schedule(
       warmup_steps: of the warm-up.
       cooldown_steps: of a straight line to 0, at the end of the run, from where
         'rsqrt' or 'constant' then is (arXiv 2106.04560, section 3.5). The other two
-        end at 0 anyway, and a longer stay there would change no parameter.
+        have an end of their own.
+      end_learning_rate: of 'cosine' and 'linear', at `num_steps`.
 
     Raises:
       UserError: for an unknown name, a warm-up and cool-down longer than the run, a
-        cool-down of a curve that ends at 0, or 'rsqrt' without a warm-up.
+        cool-down of a curve that has an end, an end above the learning rate, or 'rsqrt'
+        without a warm-up.
 
     >>> schedule = make_schedule('rsqrt', 1.0, 100, warmup_steps=4, cooldown_steps=36)
     >>> [round(float(schedule(step)), 3) for step in (0, 2, 4, 16, 64, 82, 100)]
@@ -62,15 +66,21 @@ def make_schedule(
             f'optim.cooldown_steps {cooldown_steps} must be within the '
             f'{num_steps - warmup_steps} steps after the warm-up'
         )
-    if cooldown_steps and name in ('cosine', 'linear'):
+    if cooldown_steps and name in DECAYING:
         raise UserError(
-            f"optim.cooldown_steps is for 'rsqrt' and 'constant'; {name!r} ends at 0 "
-            'without'
+            f"optim.cooldown_steps is for 'rsqrt' and 'constant'; {name!r} has an end "
+            'of its own'
+        )
+    if end_learning_rate > learning_rate:
+        raise UserError(
+            f'optim.end_learning_rate {end_learning_rate} is above '
+            f'optim.learning_rate {learning_rate}'
         )
     if name == 'cosine':
-        curve = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
+        share = end_learning_rate / learning_rate if learning_rate else 0.0
+        curve = optax.cosine_decay_schedule(learning_rate, max(steps, 1), share)
     elif name == 'linear':
-        curve = optax.linear_schedule(learning_rate, 0.0, max(steps, 1))
+        curve = optax.linear_schedule(learning_rate, end_learning_rate, max(steps, 1))
     elif name == 'rsqrt':
         curve = _rsqrt_schedule(learning_rate, warmup_steps)
     else:
