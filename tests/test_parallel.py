@@ -108,7 +108,7 @@ def test_the_run_is_stochastic(on_one_device):
 
 
 @pytest.mark.parametrize('name', ['ViT-S/16', 'ConViT-S/16'])
-@pytest.mark.parametrize('optimizer', ['adamw', 'lamb'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'lamb', 'adafactor'])
 def test_fsdp_divides_the_state(name, optimizer):
     """Eight ways: an eighth of the optimizer's state on a device, and 10% of that."""
     parallel = Parallel('jit', tuple(jax.devices()), fsdp=8)

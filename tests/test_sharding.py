@@ -26,6 +26,7 @@ MESH = {'data': 2, 'fsdp': 4, 'tensor': 2}
         ('attention/query/kernel', (64, 9, 64), P('fsdp', None, None)),  # odd heads
         ('mlp/fc2/kernel', (256, 63), P('tensor', None)),  # no length is left
         ('patches/embed/kernel', (16, 16, 3, 64), P(None, None, None, 'fsdp')),
+        ('0/v_col/block00/attention/query/kernel', (512, 6), P('fsdp', None)),
         ('block00/norm1/scale', (1664,), P()),
     ],
 )
