@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
-    'typing config errors axes forks hardware cluster',
+    'typing config errors axes sharding forks hardware cluster',
     'layers data losses metrics averaging writer param_groups optim state',
     'models checkpoint workdir pretrained modules parallel image_data decode',
     'update tasks feed',

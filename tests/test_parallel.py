@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-import vit_jax.parallel
+import vit_jax.sharding
 from vit_jax.build import build
 from vit_jax.config import default_config
 from vit_jax.errors import UserError
@@ -84,7 +84,7 @@ def on_one_device():
 )
 def test_eight_devices_give_the_losses_of_one(on_one_device, mode, mesh, monkeypatch):
     """Random augmentation, mixing, dropout, micro-batches: everything is on."""
-    monkeypatch.setattr(vit_jax.parallel, 'MIN_SIZE', 2)  # so that all is sharded
+    monkeypatch.setattr(vit_jax.sharding, 'MIN_SIZE', 2)  # so that all is sharded
     losses, evaluations, _ = losses_and_evaluation(8, mode, **mesh)
     expected_losses, expected, _ = on_one_device
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
@@ -108,7 +108,7 @@ def test_the_run_is_stochastic(on_one_device):
 
 
 @pytest.mark.parametrize('name', ['ViT-S/16', 'ConViT-S/16'])
-@pytest.mark.parametrize('optimizer', ['adamw', 'lamb'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'lamb', 'adafactor'])
 def test_fsdp_divides_the_state(name, optimizer):
     """Eight ways: an eighth of the optimizer's state on a device, and 10% of that."""
     parallel = Parallel('jit', tuple(jax.devices()), fsdp=8)
@@ -123,7 +123,7 @@ def test_fsdp_divides_the_state(name, optimizer):
 
 
 def test_a_sharded_state_lies_as_it_says(monkeypatch):
-    monkeypatch.setattr(vit_jax.parallel, 'MIN_SIZE', 2)
+    monkeypatch.setattr(vit_jax.sharding, 'MIN_SIZE', 2)
     parallel = Parallel('jit', tuple(jax.devices()), fsdp=4, tensor=2)
     run = build(stochastic_config())
     state = parallel.init(run.init)

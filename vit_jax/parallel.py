@@ -1,10 +1,9 @@
 """Runs a pure step on all devices: `jit` over a mesh, or `pmap`.
 
 The mesh has three axes. Rows of the batch are split over 'data' and 'fsdp'; parameters
-and optimizer over 'fsdp' (each device keeps a part, and sees the whole of a layer
-while it works on it) and 'tensor' (heads and hidden units), as `RULES` says. `pmap` is
-the simple way: one replicated state, rows of the batch for each device. The step is
-the same function (`vit_jax.axes` tells it where it runs), and so are the results.
+and optimizer over 'fsdp' and 'tensor', as `vit_jax.sharding` says. `pmap` is the simple
+way: one replicated state, rows of the batch for each device. The step is the same
+function (`vit_jax.axes` tells it where it runs), and so are the results.
 """
 
 import collections
@@ -12,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,25 +20,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.axes import BATCH_AXIS, ROW_AXES
 from vit_jax.errors import UserError, times, unknown
+from vit_jax.sharding import param_spec
 from vit_jax.typing import Batch, Shape
 
 MODES = ('jit', 'pmap')
 MESH_AXES = (*ROW_AXES, 'tensor')
-
-# Where the axes of a parameter lie: the first rule whose pattern is found in the path
-# counts. The state of the optimizer has its parameter's path within its own, and is
-# sharded alike. What no rule names, or has other axes than its rule (Adafactor's rows
-# and columns), or lengths that the devices do not divide, is split over 'fsdp' along
-# the longest axis that they do divide.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r'attention/(query|key|value)/kernel', ('fsdp', 'tensor', None)),  # [D, N, H]
-    (r'attention/(query|key|value)/bias', ('tensor', None)),  # [N, H]
-    (r'attention/out/kernel', ('tensor', None, 'fsdp')),  # [N, H, D]
-    (r'mlp/fc1/kernel', ('fsdp', 'tensor')),  # [D, F]
-    (r'mlp/fc1/bias', ('tensor',)),  # [F]
-    (r'mlp/fc2/kernel', ('tensor', 'fsdp')),  # [F, D]
-)
-MIN_SIZE = 2**12  # of elements: norms and biases stay whole, their messages cost more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +79,7 @@ class Parallel:
         return NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
 
     def state_sharding(self, tree: Any) -> Any:
-        """Where each leaf of a state, or of variables, lies; see `RULES`."""
+        """Where each leaf of a state, or of variables, lies; see `vit_jax.sharding`."""
 
         def sharding(path: Any, x: Any) -> NamedSharding:
             name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -105,7 +89,7 @@ class Parallel:
 
     def leaf_sharding(self, path: str, shape: Shape) -> NamedSharding:
         """Where a parameter of that path ('block00/mlp/fc1/kernel') and shape lies."""
-        return NamedSharding(self.mesh, _spec(path, shape, self.mesh))
+        return NamedSharding(self.mesh, param_spec(path, shape, self.mesh.shape))
 
     def check_batch_size(self, batch_size: int, key: str, accum_steps: int = 1) -> None:
         """Raises UserError unless the batch can be split over the devices."""
@@ -229,22 +213,3 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
         shardings,
     )
     return sum(jax.tree.leaves(sizes))
-
-
-def _spec(path: str, shape: Shape, mesh: Mesh) -> PartitionSpec:
-    if math.prod(shape) < MIN_SIZE:
-        return PartitionSpec()
-    rule = next((axes for pattern, axes in RULES if re.search(pattern, path)), ())
-    if len(rule) != len(shape):
-        rule = (None,) * len(shape)
-
-    def fits(axis: str | None, n: int) -> bool:
-        return axis is not None and mesh.shape[axis] > 1 and n % mesh.shape[axis] == 0
-
-    axes = [axis if fits(axis, n) else None for axis, n in zip(rule, shape)]
-    if 'fsdp' not in axes:
-        for i in np.argsort(shape)[::-1]:
-            if axes[i] is None and fits('fsdp', shape[i]):
-                axes[i] = 'fsdp'
-                break
-    return PartitionSpec(*axes)

@@ -11,6 +11,7 @@ from vit_jax.errors import unknown
 from vit_jax.layers.mlp import MlpBlock
 from vit_jax.layers.norm import layer_norm
 from vit_jax.layers.stochastic import Dropout, DropPath
+from vit_jax.sharding import gather_params
 from vit_jax.typing import Array, Dtype, Initializer
 
 # What the backward pass keeps of a block, beside its input; it computes the rest again.
@@ -90,9 +91,10 @@ class EncoderBlock(nn.Module):
 
         if self.remat not in REMAT:
             raise unknown('remat', self.remat, REMAT)
-        if self.remat == 'none':
-            return encode(self, x)
-        return nn.remat(encode, policy=REMAT[self.remat])(self, x)
+        encode = gather_params(encode, self, self.dtype)
+        if self.remat != 'none':
+            encode = nn.remat(encode, policy=REMAT[self.remat])
+        return encode(self, x)
 
 
 class DecoderBlock(nn.Module):
