@@ -1,7 +1,8 @@
 """Per-example operations, on the host, in NumPy and Pillow.
 
-Images are uint8 `[height, width, channels]`; random operations take a NumPy
-`Generator` first, so an example's augmentation is a function of its position.
+Images are uint8 `[height, width, channels]`; random operations are told what has been
+drawn, or take a NumPy `Generator` first, so an example's augmentation is a function of
+its position.
 Normalisation is not here: it runs on the device (`normalize`), and images travel
 as bytes.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_jax.data.order import shift_of
 from vit_jax.errors import UserError, times, unknown
 
 log = logging.getLogger(__name__)
@@ -168,21 +170,16 @@ def random_resized_crop(
     return center_crop(image, size, interpolation=interpolation)
 
 
-def random_pad_crop(
-    rng: np.random.Generator, image: np.ndarray, pad: int
-) -> np.ndarray:
-    """Shifts the image by up to `pad` pixels each way, zeros coming in."""
+def pad_crop(image: np.ndarray, top: int, left: int, pad: int) -> np.ndarray:
+    """Cuts the image out of itself with `pad` zeros on all sides, from (top, left)."""
     h, w, channels = image.shape
     padded = np.zeros((h + 2 * pad, w + 2 * pad, channels), image.dtype)
     padded[pad : pad + h, pad : pad + w] = image  # np.pad is slow on small images
-    top, left = rng.integers(0, 2 * pad + 1, size=2)
     return padded[top : top + h, left : left + w]
 
 
-def random_flip(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Mirrors left and right with probability 1/2."""
-    if rng.random() >= 0.5:
-        return image
+def mirror(image: np.ndarray) -> np.ndarray:
+    """The image with left and right exchanged."""
     flipped = np.empty_like(image)
     for channel in range(image.shape[2]):  # five times as fast as all of them at once
         flipped[:, :, channel] = image[:, ::-1, channel]
@@ -192,6 +189,9 @@ def random_flip(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
     """Decode, crop, flip, RandAugment: from a source's example to one of a batch.
+
+    Shift and mirror are drawn from the example's 'draw', the words of its position
+    (`order.draw_words`), as on the device; the rest from the generator.
 
     Attributes:
       size: (height, width) of the result.
@@ -235,10 +235,12 @@ class TrainTransform:
             )
         else:
             image = center_crop(image, self.size, interpolation=self.interpolation)
-        if self.crop == 'pad':
-            image = random_pad_crop(rng, image, self.pad)
-        if self.flip:
-            image = random_flip(rng, image)
+        if self.crop == 'pad' or self.flip:
+            top, left, mirrored = shift_of(example['draw'], self.pad)
+            if self.crop == 'pad':
+                image = pad_crop(image, top, left, self.pad)
+            if self.flip and mirrored:
+                image = mirror(image)
         if self.randaugment is not None:
             image = self.randaugment(rng, image)
         return _example(image, example['label'], 1.0, self)
