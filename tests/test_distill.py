@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.build import build
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.config import ConfigReader, default_config
+from vit_jax.data.augment import BatchAugment
 from vit_jax.errors import UserError
 from vit_jax.image_data import make_image_data
 from vit_jax.models import build_model
@@ -185,6 +186,27 @@ def test_the_loss_of_a_step(name, kind):
     assert metrics['teacher_accuracy'] == (hits.sum(), weight)
     student_hits = (np.argmax(by_cls + by_dist, -1) == label)[:-1]
     assert metrics['accuracy'][0] == student_hits.sum()
+
+
+def test_accuracies_count_hits_of_the_label_with_the_largest_share():
+    """Of a row that is mostly its neighbour, the neighbour's label."""
+    mix = BatchAugment(mixup=1.0, mix_mode='elem')
+    settings, batch = make_settings(augment=mix), make_batch(num_rows=12)
+    augment_rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))
+    mixed = classify.prepare(batch, augment_rng, settings)
+    own, share = np.asarray(batch['label']), np.asarray(mixed['target'])
+    partner = own.reshape(-1, 2)[:, ::-1].ravel()
+    larger = np.where(share[np.arange(12), own] > 0.5, own, partner)
+    assert (larger != own).sum() > 2
+    np.testing.assert_array_equal(mixed['label'], larger)
+    state = make_state(settings, 'CNN')
+    teacher, student = settings.teacher.model, make_model('CNN')
+    taught = teacher.apply(state.teacher, mixed['image'])
+    logits = student.apply(state.variables, mixed['image'], train=True)
+    _, metrics = make_step(settings, 'CNN')(state, batch)
+    for name, output in (('accuracy', logits), ('teacher_accuracy', taught)):
+        hits = np.argmax(np.asarray(output), -1) == larger
+        assert metrics[name] == (hits[:-1].sum(), 11)  # the last row has weight 0
 
 
 def test_each_head_has_its_own_teacher():
