@@ -48,6 +48,7 @@ def _describe(title: str, batch: dict[str, np.ndarray], names: Sequence[str]) ->
             f'  {key:6} {value.dtype!s:8} {list(value.shape)}  '
             f'from {value.min():g} to {value.max():g}, mean {value.mean():.4g}'
         )
-    counts = np.bincount(batch['label'], minlength=len(names))
+    real = batch['label'][batch['weight'] > 0]  # neither padding nor skipped
+    counts = np.bincount(real, minlength=len(names))
     most = np.argsort(-counts, kind='stable')[:5]
     print('  most frequent: ' + ', '.join(f'{names[i]} ({counts[i]})' for i in most))
