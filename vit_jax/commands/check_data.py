@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
     run = build(config, named=options.keys(overrides))
     dataset, names = run.dataset, run.dataset.class_names
+    training = run.train_data(0)  # first: raises for data that is not there
     print(f'{dataset.name}: {dataset.location}')
     for split, count in dataset.splits.items():
         print(f'  split {split}: {count:,} examples')
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         f'  {len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}'
     )
 
-    with closing(run.train_data(0)) as batches:
+    with closing(training) as batches:
         _describe('first training batch', next(batches), names)
     with closing(run.eval_data()) as batches:
         _describe('first evaluation batch', next(batches), names)

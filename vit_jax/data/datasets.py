@@ -212,6 +212,9 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
     prepared = _TfdsSplits(builder.info.splits)
 
     where = f' --data_dir={data_dir}' if data_dir else ''
+    if builder.name == 'imagenet2012':  # which is never downloaded
+        source = '--tars=DIR' if name == builder.name else '--tfrecords=DIR'
+        where = f' {source}{where}'
 
     def open_split(split: str) -> DataSource:
         if not prepared:
