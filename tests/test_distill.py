@@ -354,6 +354,26 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(distilled, tm
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize('folder', ['teacher', 'user@host'])
+def test_a_student_goes_on_whose_teacher_went_on(teacher, tmp_path, folder):
+    """By what the message says: with the teacher of its beginning."""
+    path, workdir = tmp_path / folder, tmp_path / 'student'
+    shutil.copytree(teacher, path)
+    values = {'distill.teacher': str(path)}
+    result = train(build(make_config(**values)), workdir)
+    shutil.rmtree(workdir / 'checkpoints' / '5')  # step 4 is there too
+    shutil.copytree(path / 'checkpoints' / '2', path / 'checkpoints' / '3')
+    with pytest.raises(UserError) as error:
+        train(build(make_config(**values)), workdir)
+    assert str(error.value) == (
+        f'the run was begun with teacher {path}@2, now it is {path}@3; go on by '
+        f'--config.distill.teacher={path}@2 --allow_changes, or choose another '
+        '--workdir'
+    )
+    values['distill.teacher'] = f'{path}@2'
+    assert train(build(make_config(**values)), workdir, allow_changes=True) == result
+
+
 def test_one_device_a_mesh_and_pmap_give_the_same(distilled):
     run, *_ = distilled
     losses = {}
