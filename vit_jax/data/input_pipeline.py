@@ -148,12 +148,16 @@ class _Padded:
 
 
 def read_example(source: DataSource, index: int) -> dict[str, Any]:
-    """`source[index]`; a file that cannot be read is a UserError that names it."""
+    """`source[index]`; of a file that cannot be read, the image is a UserError.
+
+    Who decodes raises it, or skips the example.
+    """
     try:
         return source[index]
     except OSError as error:
         name = error.filename or f'example {index}'
-        raise UserError(f'{name} cannot be read: {reason(error)}') from error
+        unread = UserError(f'{name} cannot be read: {reason(error)}')
+        return {'image': unread, 'label': 0, 'name': name}
 
 
 def _batches(

@@ -40,12 +40,16 @@ Decoded = np.ndarray | Image.Image
 
 
 def decode_image(
-    data: bytes | np.ndarray, channels: int, name: str, convert: bool = True
+    data: bytes | np.ndarray | UserError,
+    channels: int,
+    name: str,
+    convert: bool = True,
 ) -> np.ndarray:
     """Decodes a JPEG, PNG or WebP file.
 
     Args:
-      data: the file's bytes; an array of pixels is returned as it is.
+      data: the file's bytes; an array of pixels is returned as it is, and the error of
+        a file that could not be read raised.
       channels: 1 (grey) or 3 (RGB).
       name: what to call the image in an error.
       convert: whether a grey image may become RGB, and a coloured one grey.
@@ -61,8 +65,12 @@ def decode_image(
     return _pixels(_open(data, channels, name, convert))
 
 
-def _open(data: bytes, channels: int, name: str, convert: bool = True) -> Image.Image:
+def _open(
+    data: bytes | UserError, channels: int, name: str, convert: bool = True
+) -> Image.Image:
     """`decode_image`, to an image of Pillow's mode 'L' or 'RGB'."""
+    if isinstance(data, UserError):  # of `read_example`
+        raise data
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
         found = 1 if image.mode in _GREY_MODES else 3
@@ -202,8 +210,8 @@ class TrainTransform:
       flip: whether to mirror half of the images.
       interpolation: 'bicubic' or 'bilinear', where images are resized.
       randaugment: (rng, image) -> image of the same shape, or None.
-      skip_corrupt: whether an image that cannot be decoded becomes a row of zeros, of
-        label 0 and weight 0, told in the log; else it is an error.
+      skip_corrupt: whether an image that cannot be read or decoded becomes a row of
+        zeros, of label 0 and weight 0, told in the log; else it is an error.
     """
 
     size: tuple[int, int]
