@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.build import build
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.config import ConfigReader, default_config
+from vit_jax.data.augment import BatchAugment
 from vit_jax.errors import UserError
 from vit_jax.image_data import make_image_data
 from vit_jax.models import build_model
@@ -187,6 +188,27 @@ def test_the_loss_of_a_step(name, kind):
     assert metrics['accuracy'][0] == student_hits.sum()
 
 
+def test_accuracies_count_hits_of_the_label_with_the_largest_share():
+    """Of a row that is mostly its neighbour, the neighbour's label."""
+    mix = BatchAugment(mixup=1.0, mix_mode='elem')
+    settings, batch = make_settings(augment=mix), make_batch(num_rows=12)
+    augment_rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))
+    mixed = classify.prepare(batch, augment_rng, settings)
+    own, share = np.asarray(batch['label']), np.asarray(mixed['target'])
+    partner = own.reshape(-1, 2)[:, ::-1].ravel()
+    larger = np.where(share[np.arange(12), own] > 0.5, own, partner)
+    assert (larger != own).sum() > 2
+    np.testing.assert_array_equal(mixed['label'], larger)
+    state = make_state(settings, 'CNN')
+    teacher, student = settings.teacher.model, make_model('CNN')
+    taught = teacher.apply(state.teacher, mixed['image'])
+    logits = student.apply(state.variables, mixed['image'], train=True)
+    _, metrics = make_step(settings, 'CNN')(state, batch)
+    for name, output in (('accuracy', logits), ('teacher_accuracy', taught)):
+        hits = np.argmax(np.asarray(output), -1) == larger
+        assert metrics[name] == (hits[:-1].sum(), 11)  # the last row has weight 0
+
+
 def test_each_head_has_its_own_teacher():
     settings = make_settings(kind='hard', weight=0.25)
     grads, _ = gradient(settings)
@@ -330,6 +352,26 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(distilled, tm
     assert left.step == right.step == 5
     for a, b in zip(*map(jax.tree.leaves, (left.state, right.state)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('folder', ['teacher', 'user@host'])
+def test_a_student_goes_on_whose_teacher_went_on(teacher, tmp_path, folder):
+    """By what the message says: with the teacher of its beginning."""
+    path, workdir = tmp_path / folder, tmp_path / 'student'
+    shutil.copytree(teacher, path)
+    values = {'distill.teacher': str(path)}
+    result = train(build(make_config(**values)), workdir)
+    shutil.rmtree(workdir / 'checkpoints' / '5')  # step 4 is there too
+    shutil.copytree(path / 'checkpoints' / '2', path / 'checkpoints' / '3')
+    with pytest.raises(UserError) as error:
+        train(build(make_config(**values)), workdir)
+    assert str(error.value) == (
+        f'the run was begun with teacher {path}@2, now it is {path}@3; go on by '
+        f'--config.distill.teacher={path}@2 --allow_changes, or choose another '
+        '--workdir'
+    )
+    values['distill.teacher'] = f'{path}@2'
+    assert train(build(make_config(**values)), workdir, allow_changes=True) == result
 
 
 def test_one_device_a_mesh_and_pmap_give_the_same(distilled):

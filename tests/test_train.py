@@ -166,10 +166,11 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize('steps_per_call', [None, 4])
 def test_data_on_the_device_is_trained_on_as_on_the_host(tmp_path, steps_per_call):
-    """With all on that is drawn on the device, and interrupted in the middle."""
+    """With all on that both can draw, and interrupted in the middle."""
     common = {
-        'augment.crop': 'none',
-        'augment.pad': 4,  # unread, as by default
+        'augment.crop': 'pad',
+        'augment.pad': 1,
+        'augment.flip': True,
         'augment.mixup': 0.8,
         'augment.cutmix': 1.0,
         'augment.erasing': 0.5,

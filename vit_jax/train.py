@@ -199,10 +199,13 @@ def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
     here['model'] = {k: v for k, v in here['model'].items() if k in there['model']}
     for key in ('model', 'class_names', 'num_train_examples', 'teacher'):
         if there.get(key) != here.get(key):
+            way = 'choose another --workdir'
+            if key == 'teacher' and there.get(key):  # whose own run has gone on
+                same = f'--config.distill.teacher={there[key]} --allow_changes'
+                way = f'go on by {same}, or {way}'
             raise UserError(
                 f'the run was begun with {key} {there.get(key)}, now it is '
-                f'{here.get(key)}; '
-                'choose another --workdir'
+                f'{here.get(key)}; {way}'
             )
     if step > run.num_steps:
         raise UserError(

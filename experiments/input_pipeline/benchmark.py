@@ -55,7 +55,8 @@ def make_photos(folder: pathlib.Path) -> None:
 
 def read_jpegs(folder: pathlib.Path) -> list[bytes]:
     """All JPEG files below a folder."""
-    paths = [p for p in sorted(folder.rglob('*')) if p.suffix in ('.jpg', '.jpeg')]
+    suffixes = ('.jpg', '.jpeg')  # ImageNet's is .JPEG
+    paths = [p for p in sorted(folder.rglob('*')) if p.suffix.lower() in suffixes]
     if not paths:
         sys.exit(f'no .jpg or .jpeg below {folder}')
     return [path.read_bytes() for path in paths]

@@ -287,8 +287,27 @@ def test_a_dataset_that_is_not_prepared(fails, tmp_path):
         '--config.dataset.name=cifar10',
         f'--config.dataset.data_dir={tmp_path}',
     ]
-    message = fails('check_data', *argv, late=True)
+    message = fails('check_data', *argv)  # and no splits, as if they were there
     assert message.startswith(f"dataset 'cifar10' is not prepared at {tmp_path}/cifar")
+
+
+@pytest.mark.parametrize(
+    ('version', 'source'), [('', '--tars=DIR'), (':5.0.0', '--tfrecords=DIR')]
+)
+def test_imagenet_that_is_not_prepared(fails, tmp_path, version, source):
+    """The command that is suggested is one that `prepare` takes."""
+    argv = [
+        *COLOUR,
+        f'--config.dataset.name=imagenet2012{version}',
+        f'--config.dataset.data_dir={tmp_path}',
+        '--config.dataset.image_size=(8,8)',
+    ]
+    message = fails('check_data', *argv)
+    command = f'vit_jax prepare imagenet2012{version} {source} --data_dir={tmp_path}'
+    assert f'; run `{command}`, or point dataset.data_dir' in message
+    (tmp_path / 'empty').mkdir()
+    words = command.replace('DIR', f'{tmp_path}/empty').split()[1:]
+    assert 'say where from' not in fails(*words)
 
 
 # --- Other commands -----------------------------------------------------------

@@ -47,6 +47,24 @@ def test_a_folder(run, make_folder):
     assert '  weight float32  [24]  from 0 to 1, mean 0.6667' in out
 
 
+def test_rows_of_weight_zero_are_not_counted(run, make_folder):
+    """Of 16 images to evaluate, half are cats; the batch is filled up to 24 rows."""
+    folder = make_folder()
+    (cat, *_) = sorted((folder / 'train' / 'cat').iterdir())
+    cat.write_bytes(b'')
+    _, out, _ = run(
+        'check_data',
+        *COLOUR,
+        f'--config.dataset.name=folder:{folder}',
+        '--config.dataset.image_size=(8,12)',
+        '--config.dataset.skip_corrupt=True',
+        '--config.eval.batch_size=24',
+    )
+    train, test = (x for x in out.splitlines() if 'most frequent' in x)
+    assert train == '  most frequent: dog (8), cat (7)'
+    assert test == '  most frequent: cat (8), dog (8)'
+
+
 def test_nothing_is_written(run, make_folder, tmp_path, monkeypatch):
     folder = make_folder()
     monkeypatch.chdir(tmp_path)

@@ -500,6 +500,50 @@ def test_subsets_are_nested_and_depend_on_the_seed():
     assert indices(0.3, 7) != indices(0.3, 8)
 
 
+class Told(Labels):
+    """Knows its labels without reading examples."""
+
+    def read_labels(self, advance):
+        advance(len(self))
+        return np.asarray(self.labels)
+
+    def __getitem__(self, index):
+        raise AssertionError('an example was read')
+
+
+def test_labels_that_a_source_knows_are_not_read_from_examples():
+    subset = subsample(Told(SOURCE.labels), 0.3, seed=0)
+    np.testing.assert_array_equal(subset.indices, subsample(SOURCE, 0.3, 0).indices)
+
+
+@pytest.mark.parametrize('split', ['train', 'train[2:5]'])
+def test_labels_of_a_tfds_split(tiny, split):
+    source = load_dataset('tiny_set', str(tiny)).open(split)
+    counts = []
+    labels = source.read_labels(counts.append)
+    assert labels.tolist() == [e['label'] for e in examples(source)]
+    assert sum(counts) == len(source)
+
+
+def test_labels_of_a_damaged_file(tiny, tmp_path):
+    shutil.copytree(tiny / 'tiny_set', tmp_path / 'tiny_set')
+    source = load_dataset('tiny_set', str(tmp_path)).open('train')
+    (file,) = (tmp_path / 'tiny_set/1.2.3').glob('*train*')
+    content = bytearray(file.read_bytes())
+    content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r'^tiny_set/train\[0:7\] cannot be read: .*'):
+        source.read_labels(lambda count: None)
+
+
+def test_labels_of_a_folder_and_of_synthetic_data(tmp_path):
+    make_folder(tmp_path, ['train/a/1.png', 'train/b/1.png', 'train/b/2.png'])
+    for name in (f'folder:{tmp_path}', 'synthetic:num_classes=3,num_examples=7'):
+        source = load_dataset(name).open('train')
+        expected = [e['label'] for e in examples(source)]
+        assert source.read_labels(lambda count: None).tolist() == expected
+
+
 def test_whole_is_the_source_itself():
     assert subsample(SOURCE, 1.0, seed=0) is SOURCE
 

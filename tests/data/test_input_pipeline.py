@@ -10,6 +10,7 @@ from PIL import Image
 from vit_jax.data.datasets import load_dataset
 from vit_jax.data.input_pipeline import Shard, eval_batches, train_batches
 from vit_jax.data.order import Order
+from vit_jax.data.resident import load
 from vit_jax.data.transforms import EvalTransform, TrainTransform
 from vit_jax.errors import UserError
 
@@ -292,6 +293,43 @@ def test_corrupt_images_can_be_skipped(corrupt, num_workers):
     assert (drawn == 5).sum() == 3
     for image, weight in zip(column(batches, 'image'), column(batches, 'weight')):
         assert image.any() == bool(weight)
+
+
+@pytest.fixture
+def removed(tmp_path):
+    """A source of six sound images, of which c.png went away after it was listed."""
+    (tmp_path / 'train' / 'class').mkdir(parents=True)
+    for name in 'abcdef':
+        image = Image.fromarray(np.full((5, 3, 3), ord(name), np.uint8))
+        image.save(tmp_path / 'train' / 'class' / f'{name}.png')
+    source = load_dataset(f'folder:{tmp_path}').open('train')
+    (tmp_path / 'train' / 'class' / 'c.png').unlink()
+    return source
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_images_that_went_away_are_named(removed, num_workers):
+    message = rf'^{re.escape(removed.paths[2])} cannot be read: No such file'
+    transform = TrainTransform((5, 3), 3)
+    with pytest.raises(UserError, match=message):
+        take(4, removed, transform, seed=0, batch_size=3, num_workers=num_workers)
+    with pytest.raises(UserError, match=message):
+        load(removed, transform)
+
+
+def test_images_that_went_away_can_be_skipped(removed, caplog):
+    """In training, in evaluation and when all are loaded at once."""
+    transform = TrainTransform((5, 3), 3, skip_corrupt=True)
+    batches = take(4, removed, transform, seed=0, batch_size=3)
+    gone = Order(6, 0).example_at(np.arange(12)) == 2
+    assert column(batches, 'weight').tolist() == np.where(gone, 0, 1).tolist()
+    assert (column(batches, 'image').any(axis=(1, 2, 3)) == ~gone).all()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f'{removed.paths[2]} cannot be read: No such')
+    assert load(removed, transform)['weight'].tolist() == [1, 1, 0, 1, 1, 1]
+    transform = EvalTransform((5, 3), 3, skip_corrupt=True)
+    with closing(eval_batches(removed, transform, batch_size=4)) as batches:
+        assert column(list(batches), 'weight').tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
 
 
 def test_corrupt_images_are_skipped_in_evaluation(corrupt):

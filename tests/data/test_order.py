@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_jax.data.order import MAX_EXAMPLES, MAX_POSITION, Order, permute
+from vit_jax.data.order import (
+    MAX_EXAMPLES,
+    MAX_POSITION,
+    Order,
+    draw_words,
+    permute,
+    shift_of,
+)
 from vit_jax.errors import UserError
 
 
@@ -28,15 +35,17 @@ def mix(x):
     return x ^ (x >> 16)
 
 
+def make_key(*words):
+    key = 0
+    for word in words:
+        key = mix(key ^ (word % 2**32) ^ 0x9E3779B9)
+    return key
+
+
 def reference(position, num_examples, seed):
     """The example at a position, in Python's integers."""
     epoch, place = divmod(position, num_examples)
-    keys = []
-    for lane in (1, 2):
-        key = 0
-        for word in (lane, seed, seed >> 32, epoch, epoch >> 32):
-            key = mix(key ^ (word % 2**32) ^ 0x9E3779B9)
-        keys.append(key)
+    keys = [make_key(i, seed, seed >> 32, epoch, epoch >> 32) for i in (1, 2)]
     rows = math.ceil(math.sqrt(num_examples))
     rows += rows % 2
     columns = math.ceil(num_examples / rows)
@@ -134,6 +143,69 @@ def test_a_long_epoch_has_no_correlations():
     ]:
         assert abs(np.corrcoef(a, b)[0, 1]) < limit
     assert (first == second).sum() < 8  # 1 on average
+
+
+# --- Random words of positions ----------------------------------------------------
+
+
+def reference_words(position, seed):
+    """Those of a position, in Python's integers."""
+    first, second = (make_key(i, seed, seed >> 32, position >> 32) for i in (3, 4))
+    steps = (i * 0x9E3779B9 for i in range(3))
+    return [mix(mix((position + first + step) % 2**32) ^ second) for step in steps]
+
+
+def shifts(positions, seed=3, pad=2):
+    """`[n, 3]`: first row, first column, mirrored."""
+    words = Order(1, seed).words_at(positions)
+    return np.stack(shift_of(tuple(words.T), pad), axis=-1)
+
+
+@pytest.mark.parametrize('seed', [0, 7, 2**40 + 3])
+def test_words_are_what_they_are_defined_as(seed):
+    rng = np.random.default_rng(seed)
+    positions = np.concatenate(
+        [np.arange(9), rng.integers(0, 2**53, 9), [2**32 - 1, 2**32, 2**53 - 1]]
+    )
+    expected = [reference_words(int(p), seed) for p in positions]
+    found = Order(1, seed).words_at(positions)
+    assert found.dtype == np.uint32
+    assert found.tolist() == expected
+    for pad in (0, 4):
+        for shift, (a, b, c) in zip(shifts(positions, seed, pad), expected):
+            places = 2 * pad + 1
+            assert shift.tolist() == [a % places, b % places, c >= 2**31]
+
+
+@pytest.mark.parametrize('start', [0, 2**32 - 20_000])
+def test_all_shifts_and_mirrors_are_equally_frequent(start):
+    """All fifty together too, so that none of the three depends on another."""
+    drawn = shifts(start + np.arange(40_000))
+    assert drawn.max(axis=0).tolist() == [4, 4, 1]
+    counts = np.unique(drawn, axis=0, return_counts=True)[1]
+    assert abs(deviation(counts, 40_000 / 50)) < 4
+    for column, places in zip(drawn.T, (5, 5, 2)):
+        counts = np.bincount(column, minlength=places)
+        assert abs(deviation(counts, 40_000 / places)) < 4
+
+
+@pytest.mark.parametrize('apart', [1, 2, 3, 64, 1438, 2**16, 2**32])
+def test_shifts_of_other_positions_and_seeds_are_independent(apart):
+    positions = np.arange(40_000)
+    one = shifts(positions)
+    for other in (shifts(positions + apart), shifts(positions, seed=3 + apart)):
+        for a, b, places in zip(one.T, other.T, (5, 5, 2)):
+            counts = np.bincount(a * places + b, minlength=places**2)
+            assert abs(deviation(counts, 40_000 / places**2)) < 4
+
+
+@pytest.mark.parametrize('start', [0, 2**32 - 8, 2**32, 2**53 - 16])
+def test_device_and_host_draw_the_same_words(start):
+    positions = start + np.arange(16)
+    host = Order(1, 2**33 + 5).words_at(positions)
+    low, high = (jnp.uint32(x) for x in (positions & (2**32 - 1), positions >> 32))
+    found = jax.jit(draw_words, static_argnums=1)((low, high), 2**33 + 5)
+    np.testing.assert_array_equal(np.stack(found, axis=-1), host)
 
 
 # --- On the device ----------------------------------------------------------------

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import re
@@ -44,6 +45,9 @@ class Damaged(Images):
 
 
 PLAIN = TrainTransform(SHAPE[:2], 3, skip_corrupt=True)
+AUGMENTED = TrainTransform(
+    SHAPE[:2], 3, crop='pad', pad=2, flip=True, skip_corrupt=True
+)
 
 
 @pytest.fixture(scope='module')
@@ -51,10 +55,10 @@ def data():
     return load(Damaged(), PLAIN)
 
 
-def host_batches(count, start=0, source=None, repeats=1):
+def host_batches(count, start=0, source=None, repeats=1, transform=PLAIN):
     batches = train_batches(
         source or Damaged(),
-        PLAIN,
+        transform,
         batch_size=BATCH,
         seed=SEED,
         start=start,
@@ -77,10 +81,7 @@ def nth(first, i):
 
 def test_load_decodes_each_example_once(data):
     """As the host's transform does without its random parts."""
-    random = TrainTransform(
-        SHAPE[:2], 3, crop='pad', pad=2, flip=True, skip_corrupt=True
-    )
-    again = load(Damaged(), random)
+    again = load(Damaged(), AUGMENTED)
     assert data['image'].shape == (SIZE, *SHAPE)
     for i in range(SIZE):
         expected = PLAIN(Damaged()[i], None)
@@ -126,11 +127,25 @@ def test_augmentation_of_the_host_is_refused(args, key):
 # --- Batches -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('start', 'repeats'), [(0, 1), (19, 1), (16, 3)])
-def test_batches_are_those_of_the_host_bit_for_bit(data, start, repeats):
+@pytest.mark.parametrize(
+    ('transform', 'augment'),
+    [
+        (PLAIN, {}),
+        (AUGMENTED, {'pad': 2, 'flip': True}),
+        (dataclasses.replace(AUGMENTED, flip=False), {'pad': 2}),
+        (dataclasses.replace(AUGMENTED, crop='none', pad=0), {'flip': True}),
+    ],
+    ids=['plain', 'both', 'pad', 'flip'],
+)
+@pytest.mark.parametrize(
+    ('start', 'repeats'), [(0, 1), (19, 1), (16, 3), (2**32 - 19, 1)]
+)
+def test_batches_are_those_of_the_host_bit_for_bit(
+    data, start, repeats, transform, augment
+):
     """Over several epochs, from the middle, with a corrupt image."""
-    expected = host_batches(12, start, repeats=repeats)
-    make = maker(repeats)
+    expected = host_batches(12, start, repeats=repeats, transform=transform)
+    make = maker(repeats, **augment)
     first = make.first(start, 12)
     step = jax.jit(make)
     for i, batch in enumerate(expected):
@@ -174,20 +189,6 @@ def test_random_augmentation_is_a_shift_and_a_mirror_per_position(data):
     other = np.asarray(step(data, make.first(3, 12))['image'])
     rows = images.reshape(-1, *SHAPE)
     np.testing.assert_array_equal(other.reshape(-1, *SHAPE), rows[3 : 3 + 12 * BATCH])
-
-
-def test_keys_go_on_past_32_bits():
-    """Rows behind position 2**32 have other keys than the first rows."""
-    make = maker(flip=True)
-    start = 2**32 - 3
-    first = nth(make.first(start, 1), 0)
-    keys = jax.random.key_data(make._keys(first['position']))
-    later = nth(make.first(2**32, 1), 0)
-    expected = jax.random.key_data(make._keys(later['position']))
-    np.testing.assert_array_equal(keys[3:], expected[:5])
-    begin = nth(make.first(0, 1), 0)
-    from_zero = jax.random.key_data(make._keys(begin['position']))
-    assert len(np.unique(np.concatenate([keys, from_zero]), axis=0)) == 16
 
 
 # --- Steps ---------------------------------------------------------------------------

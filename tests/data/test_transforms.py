@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import transforms
+from vit_jax.data.order import Order
 from vit_jax.data.transforms import (
     EvalTransform,
     TrainTransform,
     center_crop,
     decode_image,
-    random_flip,
-    random_pad_crop,
+    mirror,
+    pad_crop,
     random_resized_crop,
     resize_box,
 )
@@ -305,45 +306,22 @@ def test_center_crop_is_resize_then_crop():
 # --- Random operations --------------------------------------------------------
 
 
-def test_flip_mirrors_half_of_the_images():
+def test_mirror_exchanges_left_and_right():
     image = noise(5, 7, 3)
-    rng = np.random.default_rng(0)
-    flipped = 0
-    for _ in range(1000):
-        out = random_flip(rng, image)
-        if (out != image).any():
-            np.testing.assert_array_equal(out, image[:, ::-1])
-            flipped += 1
-    assert 450 < flipped < 550
+    np.testing.assert_array_equal(mirror(image), image[:, ::-1])
 
 
 def test_pad_crop_shifts_and_lets_zeros_in():
-    image = noise(5, 7, 3) | 1  # nowhere zero
-    rng = np.random.default_rng(0)
-    pad, shifts = 2, {}
-    for _ in range(500):
-        out = random_pad_crop(rng, image, pad)
-        assert out.shape == image.shape
-        matches = []
-        for down in range(-pad, pad + 1):
-            for right in range(-pad, pad + 1):
-                shifted = np.zeros_like(image)
-                for row in range(5):
-                    for col in range(7):
-                        if 0 <= row - down < 5 and 0 <= col - right < 7:
-                            shifted[row, col] = image[row - down, col - right]
-                if (out == shifted).all():
-                    matches.append((down, right))
-        (shift,) = matches
-        shifts[shift] = shifts.get(shift, 0) + 1
-    assert len(shifts) == 25
-    assert max(shifts.values()) < 45  # 20 each
-
-
-def test_pad_crop_of_no_pixels_changes_nothing():
-    image = noise(5, 7, 3)
-    out = random_pad_crop(np.random.default_rng(0), image, 0)
-    np.testing.assert_array_equal(out, image)
+    image, pad = noise(5, 7, 3), 2
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            shifted = np.zeros_like(image)
+            for row in range(5):
+                for col in range(7):
+                    there = row + top - pad, col + left - pad
+                    if 0 <= there[0] < 5 and 0 <= there[1] < 7:
+                        shifted[row, col] = image[there]
+            np.testing.assert_array_equal(pad_crop(image, top, left, pad), shifted)
 
 
 @pytest.fixture
@@ -421,20 +399,13 @@ def test_resized_crop_resizes_the_box():
     assert len(spans) > 15
 
 
-@pytest.mark.parametrize(
-    'operation',
-    [
-        lambda rng, x: random_flip(rng, x),
-        lambda rng, x: random_pad_crop(rng, x, 3),
-        lambda rng, x: random_resized_crop(rng, x, (5, 3)),
-    ],
-)
-def test_operations_are_functions_of_the_generator(operation):
+def test_the_resized_crop_is_a_function_of_the_generator():
     image = noise(11, 13, 3)
 
     def run(seed):
         rng = np.random.default_rng(seed)
-        return np.concatenate([operation(rng, image).ravel() for _ in range(9)])
+        crops = [random_resized_crop(rng, image, (5, 3)) for _ in range(9)]
+        return np.concatenate([crop.ravel() for crop in crops])
 
     np.testing.assert_array_equal(run(3), run(3))
     assert (run(3) != run(4)).any()
@@ -445,6 +416,22 @@ def test_operations_are_functions_of_the_generator(operation):
 
 def example(image, **kwargs):
     return {'image': image, 'label': 3, 'name': 'cat.png', **kwargs}
+
+
+# The words of some positions.
+DRAWS = list(Order(1, 0).words_at(np.arange(9)))
+
+
+def shift(image, draw, pad):
+    """Shifted as the words of its position say, by rolling."""
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    rows, columns = (int(word) % (2 * pad + 1) for word in draw[:2])
+    rolled = np.roll(padded, (-rows, -columns), axis=(0, 1))
+    return rolled[: image.shape[0], : image.shape[1]]
+
+
+def flip(image, draw):
+    return np.flip(image, axis=1) if draw[2] >= 2**31 else image
 
 
 def test_train_transform_without_augmentation_is_the_central_crop():
@@ -459,28 +446,34 @@ def test_train_transform_without_augmentation_is_the_central_crop():
 @pytest.mark.parametrize(
     ('fields', 'operations'),
     [
-        ({}, lambda rng, x: center_crop(x, (5, 7))),
+        ({}, lambda rng, draw, x: center_crop(x, (5, 7))),
         (
             {'crop': 'pad', 'pad': 2},
-            lambda rng, x: random_pad_crop(rng, center_crop(x, (5, 7)), 2),
+            lambda rng, draw, x: shift(center_crop(x, (5, 7)), draw, 2),
         ),
         (
             {'crop': 'resized', 'min_scale': 0.3},
-            lambda rng, x: random_resized_crop(rng, x, (5, 7), 0.3),
+            lambda rng, draw, x: random_resized_crop(rng, x, (5, 7), 0.3),
         ),
-        ({'flip': True}, lambda rng, x: random_flip(rng, center_crop(x, (5, 7)))),
+        ({'flip': True}, lambda rng, draw, x: flip(center_crop(x, (5, 7)), draw)),
+        (
+            {'crop': 'pad', 'pad': 2, 'flip': True},
+            lambda rng, draw, x: flip(shift(center_crop(x, (5, 7)), draw, 2), draw),
+        ),
         (
             {'crop': 'resized', 'min_scale': 0.3, 'flip': True},
-            lambda rng, x: random_flip(rng, random_resized_crop(rng, x, (5, 7), 0.3)),
+            lambda rng, draw, x: flip(random_resized_crop(rng, x, (5, 7), 0.3), draw),
         ),
     ],
 )
 def test_train_transform_applies_its_operations(fields, operations):
     image = noise(11, 13, 3)
     transform = TrainTransform((5, 7), 3, **fields)
-    for seed in range(5):
-        out = transform(example(encode(image)), np.random.default_rng(seed))
-        expected = operations(np.random.default_rng(seed), image)
+    assert len({draw[2] >> 31 for draw in DRAWS}) == 2
+    for seed, draw in enumerate(DRAWS):
+        rng = np.random.default_rng(seed)
+        out = transform(example(encode(image), draw=draw), rng)
+        expected = operations(np.random.default_rng(seed), draw, image)
         np.testing.assert_array_equal(out['image'], expected)
         assert out['image'].flags.c_contiguous
 
@@ -508,7 +501,7 @@ def test_errors_name_the_image():
 
 
 def train(transform, example, seed=0):
-    return transform(example, np.random.default_rng(seed))
+    return transform({**example, 'draw': DRAWS[0]}, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize('weight', [0.0, 1.0])
@@ -551,15 +544,15 @@ def test_skipping_is_for_corrupt_images_only():
         transform(example(noise(5, 7, 1), weight=1.0))
 
 
-def test_randaugment_comes_last_and_draws_from_the_same_generator():
-    def shift(rng, image):
+def test_randaugment_comes_last():
+    def brighten(rng, image):
         return image + rng.integers(1, 9, dtype=np.uint8)
 
     image = noise(11, 13, 3)
-    transform = TrainTransform((5, 7), 3, flip=True, randaugment=shift)
+    transform = TrainTransform((5, 7), 3, flip=True, randaugment=brighten)
     out = train(transform, example(encode(image)), seed=4)
     rng = np.random.default_rng(4)
-    expected = shift(rng, random_flip(rng, center_crop(image, (5, 7))))
+    expected = brighten(rng, flip(center_crop(image, (5, 7)), DRAWS[0]))
     np.testing.assert_array_equal(out['image'], expected)
 
 

@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
     run = build(config, named=options.keys(overrides))
     dataset, names = run.dataset, run.dataset.class_names
+    training = run.train_data(0)  # first: raises for data that is not there
     print(f'{dataset.name}: {dataset.location}')
     for split, count in dataset.splits.items():
         print(f'  split {split}: {count:,} examples')
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         f'  {len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}'
     )
 
-    with closing(run.train_data(0)) as batches:
+    with closing(training) as batches:
         _describe('first training batch', next(batches), names)
     with closing(run.eval_data()) as batches:
         _describe('first evaluation batch', next(batches), names)
@@ -48,6 +49,7 @@ def _describe(title: str, batch: dict[str, np.ndarray], names: Sequence[str]) ->
             f'  {key:6} {value.dtype!s:8} {list(value.shape)}  '
             f'from {value.min():g} to {value.max():g}, mean {value.mean():.4g}'
         )
-    counts = np.bincount(batch['label'], minlength=len(names))
+    real = batch['label'][batch['weight'] > 0]  # neither padding nor skipped
+    counts = np.bincount(real, minlength=len(names))
     most = np.argsort(-counts, kind='stable')[:5]
     print('  most frequent: ' + ', '.join(f'{names[i]} ({counts[i]})' for i in most))

@@ -57,30 +57,27 @@ def box_mask(box: Box, height: int, width: int) -> Array:
 # --- Crop and flip --------------------------------------------------------------
 
 
-def random_pad_crop(keys: Array, images: Array, pad: int) -> Array:
-    """Shifts each image by up to `pad` pixels each way, zeros coming in.
+def pad_crop(images: Array, top: Array, left: Array, pad: int) -> Array:
+    """Cuts each image out of itself with `pad` zeros on all sides.
 
     Args:
-      keys: `[B]`.
       images: `[B, h, w, c]`, of any type; the result has the same.
+      top, left: `[B]` integers, from 0 to 2 * pad.
       pad: pixels.
     """
-    if pad == 0:
-        return images
     _, h, w, channels = images.shape
     border = ((0, 0), (pad, pad), (pad, pad), (0, 0))
 
-    def crop(key: PRNGKey, padded: Array) -> Array:
-        top, left = jax.random.randint(key, (2,), 0, 2 * pad + 1)
-        return jax.lax.dynamic_slice(padded, (top, left, 0), (h, w, channels))
+    def crop(padded: Array, top: Array, left: Array) -> Array:
+        first = (top, left, jnp.zeros_like(top))
+        return jax.lax.dynamic_slice(padded, first, (h, w, channels))
 
-    return jax.vmap(crop)(keys, jnp.pad(images, border))
+    return jax.vmap(crop)(jnp.pad(images, border), top, left)
 
 
-def random_flip(keys: Array, images: Array) -> Array:
-    """Mirrors each image left and right with probability 1/2. Args as above."""
-    flip = jax.vmap(jax.random.bernoulli)(keys)
-    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+def mirror(images: Array, mirrored: Array) -> Array:
+    """Exchanges left and right of the images `[B, h, w, c]` that `mirrored` names."""
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 # --- Random erasing -------------------------------------------------------------

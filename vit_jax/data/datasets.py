@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.data.progress import Progress
 from vit_jax.errors import UserError, reason, unknown
 from vit_jax.forks import import_path, is_path
 
+_CHUNK = 256  # records read at a time for their labels
 _FOLDER_SPLITS = ('train', 'validation', 'val', 'test')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 
@@ -31,7 +33,12 @@ _PUBLISHED_SPLITS = {
 
 
 class DataSource(Protocol):
-    """Random access to examples; must survive pickling, for worker processes."""
+    """Random access to examples; must survive pickling, for worker processes.
+
+    A source that knows its labels without reading its images may have a method
+    `read_labels(advance)`, which returns them all as an array, and calls `advance` with
+    a number of examples as it goes.
+    """
 
     def __len__(self) -> int: ...
 
@@ -130,13 +137,24 @@ def subsample(source: DataSource, fraction: float, seed: int) -> DataSource:
         raise UserError(f'dataset.train_fraction must be in (0, 1], not {fraction}')
     if fraction == 1.0:
         return source
-    labels = np.asarray([source[i]['label'] for i in range(len(source))])
+    with Progress('reading labels', len(source), unit='example') as progress:
+        labels = _read_labels(source, progress.advance)
     rng = np.random.default_rng(seed)
     kept = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         kept.append(members[: max(1, round(fraction * len(members)))])
     return Subset(source, np.sort(np.concatenate(kept)))
+
+
+def _read_labels(source: DataSource, advance: Callable[[int], None]) -> np.ndarray:
+    if hasattr(source, 'read_labels'):
+        return source.read_labels(advance)
+    labels = []
+    for i in range(len(source)):
+        labels.append(source[i]['label'])
+        advance(1)
+    return np.asarray(labels)
 
 
 # --- TFDS ---------------------------------------------------------------------
@@ -153,19 +171,43 @@ class _TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = f'{self.name}[{index}]'
-        try:
+        with self._reading(name):
             example = self.source[index]
             if example['label'] is None:  # of a file cut where a block of it ended
                 raise RuntimeError('there is no such record')
+        file_name = example.get('file_name')
+        if isinstance(file_name, bytes):
+            name += f' ({file_name.decode(errors="replace")})'
+        return {'image': example['image'], 'label': int(example['label']), 'name': name}
+
+    def read_labels(self, advance: Callable[[int], None]) -> np.ndarray:
+        """See `DataSource`: records are read whole, many at a time."""
+        import tensorflow_datasets as tfds
+
+        label = self.source.dataset_info.features['label']
+        # Not `PartialDecoding`, for which TFDS needs TensorFlow.
+        features = tfds.features.FeaturesDict({'label': label})
+        labels = []
+        for start in range(0, len(self), _CHUNK):
+            places = range(start, min(start + _CHUNK, len(self)))
+            with self._reading(f'{self.name}[{start}:{places.stop}]'):
+                records = self.source.data_source.__getitems__(places)
+                found = [features.deserialize_example_np(x)['label'] for x in records]
+                if None in found:
+                    raise RuntimeError('there is no such record')
+            labels += found
+            advance(len(found))
+        return np.asarray(labels)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # of array_record, which knows no OSError
             raise UserError(
                 f'{name} cannot be read: {reason(error)}; a file in {self.location} is '
                 'missing or damaged: copy the dataset there again, or prepare it anew'
             ) from error
-        file_name = example.get('file_name')
-        if isinstance(file_name, bytes):
-            name += f' ({file_name.decode(errors="replace")})'
-        return {'image': example['image'], 'label': int(example['label']), 'name': name}
 
 
 class _TfdsSplits(Mapping[str, int]):
@@ -212,6 +254,9 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
     prepared = _TfdsSplits(builder.info.splits)
 
     where = f' --data_dir={data_dir}' if data_dir else ''
+    if builder.name == 'imagenet2012':  # which is never downloaded
+        source = '--tars=DIR' if name == builder.name else '--tfrecords=DIR'
+        where = f' {source}{where}'
 
     def open_split(split: str) -> DataSource:
         if not prepared:
@@ -302,6 +347,11 @@ class _FolderSource:
             'name': path,
         }
 
+    def read_labels(self, advance: Callable[[int], None]) -> np.ndarray:
+        """See `DataSource`."""
+        advance(len(self))
+        return self.labels
+
 
 def _folder(name: str, root: pathlib.Path) -> Dataset:
     if not root.is_dir():
@@ -391,6 +441,11 @@ class _SyntheticSource:
             'label': label,
             'name': f'synthetic/{self.split}[{index}]',
         }
+
+    def read_labels(self, advance: Callable[[int], None]) -> np.ndarray:
+        """See `DataSource`."""
+        advance(len(self))
+        return np.arange(len(self)) % self.num_classes
 
 
 def _synthetic(name: str, options: str) -> Dataset:

@@ -51,7 +51,8 @@ def train_batches(
 
     Args:
       source: the training examples.
-      transform: (example, NumPy Generator) -> example of arrays.
+      transform: (example, NumPy Generator) -> example of arrays; the example also
+        holds 'draw', see `TrainTransform`.
       batch_size: rows over all processes; divisible by their number.
       seed: of order and augmentation.
       start: examples seen before, over all processes.
@@ -98,28 +99,33 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Ordered:
-    """Training as a source without end: the example at each position.
+    """Training as a source without end: the example at each position, and its words.
 
-    Indices are computed for many positions at once, which costs a thousandth of one
+    Both are computed for many positions at once, which costs a thousandth of one
     at a time.
     """
 
     source: DataSource
     order: Order
-    blocks: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    blocks: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def __len__(self) -> int:
         return MAX_POSITION
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         block, place = divmod(position, _BLOCK)
-        indices = self.blocks.get(block)
-        if indices is None:
-            indices = self.order.example_at(block * _BLOCK + np.arange(_BLOCK))
+        known = self.blocks.get(block)
+        if known is None:
+            positions = block * _BLOCK + np.arange(_BLOCK)
+            known = self.order.example_at(positions), self.order.words_at(positions)
             if len(self.blocks) >= 16:  # far more than threads are apart
                 self.blocks.clear()
-            self.blocks[block] = indices
-        return read_example(self.source, int(indices[place]))
+            self.blocks[block] = known
+        indices, words = known
+        example = read_example(self.source, int(indices[place]))
+        return {**example, 'draw': words[place]}
 
 
 _BLOCK = 1024
@@ -142,12 +148,16 @@ class _Padded:
 
 
 def read_example(source: DataSource, index: int) -> dict[str, Any]:
-    """`source[index]`; a file that cannot be read is a UserError that names it."""
+    """`source[index]`; of a file that cannot be read, the image is a UserError.
+
+    Who decodes raises it, or skips the example.
+    """
     try:
         return source[index]
     except OSError as error:
         name = error.filename or f'example {index}'
-        raise UserError(f'{name} cannot be read: {reason(error)}') from error
+        unread = UserError(f'{name} cannot be read: {reason(error)}')
+        return {'image': unread, 'label': 0, 'name': name}
 
 
 def _batches(

@@ -1,9 +1,12 @@
-"""Which example stands at which position of training, as a pure function.
+"""Which example stands at which position of training, and how it is augmented.
 
 Position p counts the examples seen. Each epoch is a permutation of the examples of
 its own, and every place of it is computed alone, from (seed, epoch, place): on the
 host in NumPy, inside a compiled step in JAX, the same bits. So there is no list of
 indices to store, to send or to restore.
+
+So are the random numbers of a position (`draw_words`), and what is made of them, how
+an image is cut and mirrored (`shift_of`).
 
 The permutation is a keyed cipher on {0, ..., n - 1}: the generalised Feistel network
 with cycle walking of Black and Rogaway, "Ciphers with arbitrary finite domains"
@@ -82,6 +85,12 @@ class Order:
     def distinct(self) -> int:
         """Images of a batch."""
         return -(-self.batch_size // self.repeats)
+
+    def words_at(self, position: np.ndarray) -> np.ndarray:
+        """`draw_words` of positions `[n]`: uint32 `[n, 3]`."""
+        position = np.asarray(position, np.int64)
+        words = draw_words((_word(position), _word(position >> 32)), self.seed)
+        return np.stack(words, axis=-1)
 
     def example_at(self, position: int | np.ndarray) -> np.ndarray:
         """The index of the example at a position, or at each of an array's.
@@ -197,11 +206,40 @@ def permute(
     return jax.lax.while_loop(lambda state: state[1].any(), encipher, state)[0]
 
 
-def _key(lane: int, seed: int, epoch: tuple[Words, Words]) -> Words:
-    """A word that depends on every bit of seed and epoch; another one in each lane."""
+def draw_words(position: tuple[Words, Words], seed: int) -> tuple[Words, ...]:
+    """Three random words for each position of training.
+
+    Args:
+      position: low and high word of each, arrays.
+      seed: 64 bits.
+
+    Returns:
+      As the words of `position`.
+    """
+    low, high = position
+    keys = [_key(lane, seed, (high,)) for lane in (3, 4)]  # 1 and 2 are of `permute`
+    return tuple(_round(low, keys, step) for step in _STEPS.ravel()[:3])
+
+
+def shift_of(words: tuple[Words, ...], pad: int) -> tuple[Words, Words, Words]:
+    """How an image is cut out of the one padded on all sides, and then mirrored.
+
+    Args:
+      words: see `draw_words`.
+      pad: pixels; 0 for none.
+
+    Returns:
+      The first row and the first column, 0 to 2 * pad, and whether to mirror.
+    """
+    places = np.uint32(2 * pad + 1)
+    return words[0] % places, words[1] % places, words[2] >> np.uint32(31) == 1
+
+
+def _key(lane: int, seed: int, words: tuple[Words, ...]) -> Words:
+    """A word that depends on every bit of seed and words; another one in each lane."""
     values = [_word(np.asarray([part])) for part in (lane, seed, seed >> 32)]
     key = np.zeros(1, np.uint32)
-    for value in (*values, *epoch):
+    for value in (*values, *words):
         key = _mix(key ^ value ^ np.uint32(_GOLDEN))
     return key
 

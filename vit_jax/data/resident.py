@@ -1,9 +1,9 @@
 """The whole training split in the accelerators' memory: no host work between steps.
 
 The images are decoded once (`load`). A step finds its batch by itself: which examples
-(`Order`, as on the host), cut and mirrored by keys of their positions (`MakeBatch`).
-So several steps run in one dispatch (`scan_steps`), and without random augmentation
-the batches are those of the host pipeline, bit for bit.
+(`Order`), cut and mirrored by the words of their positions (`MakeBatch`), both as on
+the host. So several steps run in one dispatch (`scan_steps`), and the batches are those
+of the host pipeline, bit for bit.
 """
 
 import concurrent.futures
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.data.augment import random_flip, random_pad_crop
+from vit_jax.data.augment import mirror, pad_crop
 from vit_jax.data.datasets import DataSource
 from vit_jax.data.input_pipeline import read_example
-from vit_jax.data.order import Order
+from vit_jax.data.order import Order, draw_words, shift_of
 from vit_jax.data.progress import Progress
 from vit_jax.data.transforms import TrainTransform
 from vit_jax.data.watch import LOADER
@@ -27,7 +27,6 @@ from vit_jax.errors import UserError
 from vit_jax.typing import Array, Batch, Metrics
 
 _CHUNK = 256  # examples that a thread decodes at a time
-_STREAM = 0x64617461  # 'data': apart from all other keys of the run's seed
 
 
 def check_supported(crop: str, randaugment: str | None) -> None:
@@ -156,27 +155,22 @@ class MakeBatch:
             for key, values in data.items()
         }
         if self.pad or self.flip:
-            keys = jax.vmap(jax.random.split)(self._keys(first['position']))
-            image = random_pad_crop(keys[:, 0], batch['image'], self.pad)
+            words = draw_words(self._positions(first['position']), self.order.seed)
+            top, left, mirrored = shift_of(words, self.pad)
+            if self.pad:
+                batch['image'] = pad_crop(batch['image'], top, left, self.pad)
             if self.flip:
-                image = random_flip(keys[:, 1], image)
-            batch['image'] = image
+                batch['image'] = mirror(batch['image'], mirrored)
         return batch
 
     def _rows(self) -> Array:
         return jnp.arange(self.order.batch_size, dtype=jnp.uint32)
 
-    def _keys(self, position: Array) -> Array:
-        """`[B]` keys, functions of (seed, position of the example)."""
+    def _positions(self, first: Array) -> tuple[Array, Array]:
+        """Low and high words, `[B]`, of the positions of a batch's rows."""
         rows = self._rows()
-        low = position[1] + rows
-        high = position[0] + (low < rows)  # the carry
-        rng = jax.random.fold_in(jax.random.key(self.order.seed), _STREAM)
-
-        def key(high: Array, low: Array) -> Array:
-            return jax.random.fold_in(jax.random.fold_in(rng, high), low)
-
-        return jax.vmap(key)(high, low)
+        low = first[1] + rows
+        return low, first[0] + (low < rows)  # the carry
 
 
 def scan_steps(

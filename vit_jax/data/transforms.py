@@ -1,7 +1,8 @@
 """Per-example operations, on the host, in NumPy and Pillow.
 
-Images are uint8 `[height, width, channels]`; random operations take a NumPy
-`Generator` first, so an example's augmentation is a function of its position.
+Images are uint8 `[height, width, channels]`; random operations are told what has been
+drawn, or take a NumPy `Generator` first, so an example's augmentation is a function of
+its position.
 Normalisation is not here: it runs on the device (`normalize`), and images travel
 as bytes.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_jax.data.order import shift_of
 from vit_jax.errors import UserError, times, unknown
 
 log = logging.getLogger(__name__)
@@ -38,12 +40,16 @@ Decoded = np.ndarray | Image.Image
 
 
 def decode_image(
-    data: bytes | np.ndarray, channels: int, name: str, convert: bool = True
+    data: bytes | np.ndarray | UserError,
+    channels: int,
+    name: str,
+    convert: bool = True,
 ) -> np.ndarray:
     """Decodes a JPEG, PNG or WebP file.
 
     Args:
-      data: the file's bytes; an array of pixels is returned as it is.
+      data: the file's bytes; an array of pixels is returned as it is, and the error of
+        a file that could not be read raised.
       channels: 1 (grey) or 3 (RGB).
       name: what to call the image in an error.
       convert: whether a grey image may become RGB, and a coloured one grey.
@@ -59,8 +65,12 @@ def decode_image(
     return _pixels(_open(data, channels, name, convert))
 
 
-def _open(data: bytes, channels: int, name: str, convert: bool = True) -> Image.Image:
+def _open(
+    data: bytes | UserError, channels: int, name: str, convert: bool = True
+) -> Image.Image:
     """`decode_image`, to an image of Pillow's mode 'L' or 'RGB'."""
+    if isinstance(data, UserError):  # of `read_example`
+        raise data
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
         found = 1 if image.mode in _GREY_MODES else 3
@@ -168,21 +178,16 @@ def random_resized_crop(
     return center_crop(image, size, interpolation=interpolation)
 
 
-def random_pad_crop(
-    rng: np.random.Generator, image: np.ndarray, pad: int
-) -> np.ndarray:
-    """Shifts the image by up to `pad` pixels each way, zeros coming in."""
+def pad_crop(image: np.ndarray, top: int, left: int, pad: int) -> np.ndarray:
+    """Cuts the image out of itself with `pad` zeros on all sides, from (top, left)."""
     h, w, channels = image.shape
     padded = np.zeros((h + 2 * pad, w + 2 * pad, channels), image.dtype)
     padded[pad : pad + h, pad : pad + w] = image  # np.pad is slow on small images
-    top, left = rng.integers(0, 2 * pad + 1, size=2)
     return padded[top : top + h, left : left + w]
 
 
-def random_flip(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Mirrors left and right with probability 1/2."""
-    if rng.random() >= 0.5:
-        return image
+def mirror(image: np.ndarray) -> np.ndarray:
+    """The image with left and right exchanged."""
     flipped = np.empty_like(image)
     for channel in range(image.shape[2]):  # five times as fast as all of them at once
         flipped[:, :, channel] = image[:, ::-1, channel]
@@ -193,6 +198,9 @@ def random_flip(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 class TrainTransform:
     """Decode, crop, flip, RandAugment: from a source's example to one of a batch.
 
+    Shift and mirror are drawn from the example's 'draw', the words of its position
+    (`order.draw_words`), as on the device; the rest from the generator.
+
     Attributes:
       size: (height, width) of the result.
       channels: 1 or 3.
@@ -202,8 +210,8 @@ class TrainTransform:
       flip: whether to mirror half of the images.
       interpolation: 'bicubic' or 'bilinear', where images are resized.
       randaugment: (rng, image) -> image of the same shape, or None.
-      skip_corrupt: whether an image that cannot be decoded becomes a row of zeros, of
-        label 0 and weight 0, told in the log; else it is an error.
+      skip_corrupt: whether an image that cannot be read or decoded becomes a row of
+        zeros, of label 0 and weight 0, told in the log; else it is an error.
     """
 
     size: tuple[int, int]
@@ -235,10 +243,12 @@ class TrainTransform:
             )
         else:
             image = center_crop(image, self.size, interpolation=self.interpolation)
-        if self.crop == 'pad':
-            image = random_pad_crop(rng, image, self.pad)
-        if self.flip:
-            image = random_flip(rng, image)
+        if self.crop == 'pad' or self.flip:
+            top, left, mirrored = shift_of(example['draw'], self.pad)
+            if self.crop == 'pad':
+                image = pad_crop(image, top, left, self.pad)
+            if self.flip and mirrored:
+                image = mirror(image)
         if self.randaugment is not None:
             image = self.randaugment(rng, image)
         return _example(image, example['label'], 1.0, self)

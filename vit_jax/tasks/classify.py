@@ -106,15 +106,18 @@ def prepare(batch: Batch, rng: PRNGKey, settings: Settings) -> dict[str, Array]:
       settings: see `Settings`.
 
     Returns:
-      The batch with image float32, normalised and augmented, and target `[B, V]`,
-      smoothed and mixed.
+      The batch with image float32, normalised and augmented, target `[B, V]`, smoothed
+      and mixed, and the label that has the largest share of the target.
     """
     images = normalize(batch['image'], settings.mean, settings.std)
     target = smooth_labels(
         batch['label'], settings.num_classes, settings.label_smoothing
     )
     images, target = settings.augment(rng, images, target, batch['weight'])
-    return {**batch, 'image': images, 'target': target}
+    label = batch['label']
+    if settings.augment.mixes:
+        label = jnp.argmax(target, axis=-1).astype(label.dtype)
+    return {**batch, 'image': images, 'target': target, 'label': label}
 
 
 def train_step(
@@ -137,7 +140,7 @@ def train_step(
 
     Returns:
       The state after the step, and the metrics of the batch; the accuracy is that on
-      the images as they were augmented and mixed, against their own labels.
+      the images as they were augmented and mixed, see `prepare` for their labels.
     """
     augment_rng, model_rng = jax.random.split(jax.random.fold_in(rng, state.step))
     batch = prepare(batch, augment_rng, settings)

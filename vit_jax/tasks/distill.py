@@ -10,6 +10,7 @@ of a checkpoint: a run that goes on reads it again.
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -140,7 +141,7 @@ def _find_teacher(path: str, images: ImageData) -> Teacher:
     if metadata is None:
         source = open_source(path)
         metadata = source.metadata
-        if source.step is not None and '@' not in path:
+        if source.step is not None and os.path.exists(path):  # not 'workdir@step'
             path = f'{path}@{source.step}'  # the teacher stays, its run may go on
     if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
