@@ -16,6 +16,7 @@ LEVELS = (
     'update tasks feed',
     'build',
     'train evaluate export benchmark maps pictures report summary sweep interrupt '
+    'recent '
     'telemetry topology probes processes',
     'commands',
     'main',

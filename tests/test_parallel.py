@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from contextlib import closing
 
 import jax
@@ -166,6 +167,14 @@ def test_a_batch_that_cannot_be_split_is_refused(batch_size, nearest):
     parallel = Parallel('jit', tuple(jax.devices()))
     with pytest.raises(UserError, match=f'{batch_size} .* 8 device.*: {nearest}$'):
         parallel.check_batch_size(batch_size, 'config.batch_size')
+
+
+def test_heads_are_not_divided_over_processes():
+    """Two processes would read different rows for the same part of the batch."""
+    devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
+    assert Parallel('jit', tuple(devices), fsdp=4, tensor=2).data == 1
+    with pytest.raises(UserError, match=r'parallel.tensor 4 must divide .* process, 2'):
+        Parallel('jit', tuple(devices), tensor=4)
 
 
 def test_an_unknown_mode_offers_the_nearest():

@@ -22,7 +22,7 @@ from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.config import default_config
 from vit_jax.errors import UserError
 from vit_jax.feed import feed_from_host
-from vit_jax.train import _check_continues, train
+from vit_jax.train import _check_continues, _describe, train
 from vit_jax.writer import read_metrics
 
 NUM_STEPS = 11
@@ -230,6 +230,18 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again(
     assert_bit_equal(final_state(run, workdir), final_state(run, copy))
 
 
+def test_devices_that_repeat_the_same_work_are_told():
+    config = small_config(**{'parallel.tensor': 2})
+    config.model.name = 'CNN'
+    config.model.kwargs = {'widths': (8,), 'strides': (2,)}
+    run = build(config)
+    shardings = run.parallel.state_sharding(run.state_shape)
+    assert 'parallel.tensor divides no parameter' in _describe(run, 0, shardings)
+    whole = build(small_config())
+    shardings = whole.parallel.state_sharding(whole.state_shape)
+    assert 'parallel.tensor' not in _describe(whole, 0, shardings)
+
+
 def test_compile_time_is_without_the_wait_for_data(tmp_path):
     run = build(small_config(**{'num_steps': 2, 'log.every_steps': 1}))
 
@@ -342,7 +354,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
 
 
 def test_a_run_that_saved_nothing_does_not_hold_its_workdir(tmp_path):
-    with pytest.raises(UserError, match='not finite'):
+    with pytest.raises(UserError, match='finite'):
         train(build(small_config(**{'optim.learning_rate': 1e38})), tmp_path)
     train(build(small_config()), tmp_path)
 

@@ -75,7 +75,10 @@ def make_image_data(c: ConfigReader, parallel: Parallel) -> ImageData:
     Raises:
       UserError: for values that do not fit each other, or data that is not there.
     """
-    dataset = load_dataset(c.dataset.name, c.dataset.data_dir)
+    name = c.dataset.name
+    # Read only where it counts, so that setting it elsewhere is an error.
+    elsewhere = name.partition(':')[0] in ('folder', 'synthetic')
+    dataset = load_dataset(name, None if elsewhere else c.dataset.data_dir)
     height, width = _image_size(c, dataset)
     image_shape = (height, width, dataset.image_shape[2])
     mean, std = _normalization(c, dataset)

@@ -57,6 +57,14 @@ class Parallel:
                 f'parallel.fsdp x parallel.tensor = {self.fsdp} x {self.tensor} does '
                 f'not divide the {len(self.devices)} device(s)'
             )
+        # A process reads rows of its own: no two may be given the same ones.
+        counts = collections.Counter(device.process_index for device in self.devices)
+        if any(count % self.tensor for count in counts.values()):
+            raise UserError(
+                f'parallel.tensor {self.tensor} must divide the devices of each '
+                f'process, {max(counts.values())}: heads and hidden units are not '
+                'divided over processes'
+            )
 
     @property
     def data(self) -> int:
@@ -98,15 +106,19 @@ class Parallel:
         if batch_size <= 0 or batch_size % unit:
             below = batch_size // unit * unit
             near = [str(n) for n in (below, below + unit) if n > 0] or [str(unit)]
-            over = f'{shards} device(s)'
-            if shards < len(self.devices):
-                over = f'{shards} groups of {self.tensor} devices'
+            over = self._groups()
             if accum_steps > 1:
                 over += f' x {accum_steps} micro-batches'
             raise UserError(
                 f'{key} {batch_size} cannot be split over {over}; '
                 f'the nearest that can: {" or ".join(near)}'
             )
+
+    def _groups(self) -> str:
+        """What rows of the batch are divided over, in words."""
+        if self.tensor == 1:
+            return f'{len(self.devices)} device(s)'
+        return f'{self.data * self.fsdp} group(s) of {self.tensor} devices'
 
     def init(self, init: Callable[[], Any]) -> Any:
         """Runs `init` so that each device makes its part of the result."""
@@ -152,8 +164,11 @@ class Parallel:
             here = jax.process_index()
             local = sum(device.process_index == here for device in self.devices)
             batch = {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
+        hosts = len({device.process_index for device in self.devices})
         return {
-            k: jax.make_array_from_process_local_data(self.rows, v)
+            k: jax.make_array_from_process_local_data(
+                self.rows, v, (len(v) * hosts, *v.shape[1:])
+            )
             for k, v in batch.items()
         }
 
@@ -173,7 +188,7 @@ class Parallel:
         return (
             f'{hosts} host(s), {len(self.devices)} {self.devices[0].device_kind} '
             f'device(s), {mesh if self.mode == "jit" else self.mode}\n'
-            f'batch of {batch_size} = {self.data * self.fsdp} device(s) x '
+            f'batch of {batch_size} = {self._groups()} x '
             f'{self.accum_steps} micro-batch(es) x {micro_batch} images'
         )
 

@@ -302,6 +302,16 @@ def _prefix(prefix: str, values: dict[str, float]) -> dict[str, float]:
     return {f'{prefix}{name}': value for name, value in values.items()}
 
 
+def _warn_of_repeating(run: Run, shardings: TrainState) -> str | None:
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings.variables)]
+    if run.parallel.tensor == 1 or any('tensor' in spec for spec in specs):
+        return None
+    return (
+        'warning: parallel.tensor divides no parameter of this model: its devices do '
+        'the same work'
+    )
+
+
 def _describe(run: Run, start: int, shardings: TrainState) -> str:
     """What is about to happen: model, data, devices, memory, the batch."""
     state = run.state_shape
@@ -317,6 +327,7 @@ def _describe(run: Run, start: int, shardings: TrainState) -> str:
     budget = ', '.join(f'{name} {size:.3g}' for name, size in gib.items() if size)
     lines = [
         warn_of_cpu(),
+        _warn_of_repeating(run, shardings),
         f'{run.metadata["model"]["name"]}: '
         f'{count_params(state.variables["params"]):,} parameters, '
         f'on {run.dataset.name} ({run.dataset.location})',
