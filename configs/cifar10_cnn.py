@@ -1,0 +1,54 @@
+"""A CNN on CIFAR-10, the size of configs/cifar10_convit.py.
+
+data      CIFAR-10, a TFDS dataset prepared as array_record in --config.dataset.data_dir
+model     5 convolutions 3x3 with GroupNorm, two of stride 2; 5.4M parameters
+recipe    AdamW, 100 epochs in batches of 512, shifts by 4 pixels, mirroring,
+          label smoothing 0.1, bfloat16
+expected  not run; `:small` (0.14M parameters): experiments/cifar10_sample_efficiency
+
+  vit_jax train --config=configs/cifar10_cnn.py --workdir=/tmp/cifar10_cnn \\
+      --config.dataset.data_dir=/data/tfds
+"""
+
+from vit_jax.config import choose_variant, default_config
+
+STEPS_PER_EPOCH = 50_000 / 512
+
+
+def get_config(variant=None):
+    variant = choose_variant(variant, 'smoke', 'small')
+    config = default_config()
+    config.model.name = 'CNN'
+    config.model.kwargs = {
+        'widths': (256, 256, 456, 456, 456),
+        'strides': (2, 1, 2, 1, 1),
+    }
+    config.dataset.name = 'cifar10'
+    config.augment.crop = 'pad'
+    config.augment.pad = 4
+    config.augment.flip = True
+    config.batch_size = 512
+    config.num_epochs = 100.0
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = round(5 * STEPS_PER_EPOCH)
+    config.optim.label_smoothing = 0.1
+    config.optim.clip_norm = 1.0
+    config.dtype = 'bfloat16'
+    if variant == 'smoke':  # generated images, a smaller model
+        config.model.kwargs = {'widths': (8, 16), 'strides': (2, 2)}
+        config.dataset.name = 'synthetic:size=32,num_examples=64'
+        config.batch_size = 16
+        config.num_epochs = None
+        config.num_steps = 3
+        config.optim.warmup_steps = 1
+    if variant == 'small':  # minutes on a CPU, to try things out; not the recipe
+        config.model.kwargs = {
+            'widths': (40, 40, 72, 72, 72),
+            'strides': (2, 1, 2, 1, 1),
+        }
+        config.batch_size = 64
+        config.num_epochs = None
+        config.num_steps = 1500
+        config.optim.warmup_steps = 100
+        config.dtype = 'float32'
+    return config
