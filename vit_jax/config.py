@@ -393,8 +393,28 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     try:
         flags(argv)
     except (absl.flags.Error, TypeError, ValueError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(_type_error(config, error) or _one_line(error)) from error
     return flags.config.lock()
+
+
+_TYPES = {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'True or False',
+    tuple: "a tuple, such as '(224, 224)'",
+}
+
+
+def _type_error(config: ConfigDict, error: Exception) -> str | None:
+    """What would be right, for absl's error about a value of another type."""
+    found = re.match(r'flag --config\.([\w.]*?)(\w+)=(.*?): ', str(error))
+    if found is None:
+        return None
+    section, key, value = found.groups()
+    for name in section.split('.')[:-1]:
+        config = config[name]
+    wanted = _TYPES.get(config.get_type(key))
+    return wanted and f'config.{section}{key} must be {wanted}, not {value!r}'
 
 
 def _one_line(error: BaseException) -> str:

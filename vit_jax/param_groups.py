@@ -176,8 +176,8 @@ def _apply_rules(
     names: list[str], rules: Sequence[Rule]
 ) -> dict[str, tuple[float, float]]:
     """Path -> factors of learning rate and weight decay."""
-    if isinstance(rules, str) or any(
-        isinstance(rule, str) or len(rule) != 3 for rule in rules
+    if isinstance(rules, str) or not all(
+        isinstance(rule, tuple | list) and len(rule) == 3 for rule in rules
     ):
         raise UserError(
             'optim.rules must be triples (pattern, factor of the learning rate, of the '

@@ -20,8 +20,16 @@ SYNTHETIC = '--config.dataset.name=synthetic:size=8,channels=1,num_examples=64'
         ),
         (
             ['--config.optim.learning_rate', 'fast'],
-            'IllegalFlagValueError: flag --config.optim.learning_rate=fast: could not '
-            "convert string to float: 'fast'",
+            "config.optim.learning_rate must be a number, not 'fast'",
+        ),
+        (
+            ['--config.checkpoint.keep=None'],
+            "config.checkpoint.keep must be a whole number, not 'None'",
+        ),
+        (
+            ['--config.optim.rules=5'],
+            'optim.rules must be triples (pattern, factor of the learning rate, of the '
+            "weight decay), such as (('head/', 10.0, 1.0),), not (5,)",
         ),
         (
             ['--config.augment.min_scale=0.08'],  # the default
