@@ -89,10 +89,10 @@ def test_report_of_data_parallelism():
 def test_operations_are_those_of_a_devices_rows():
     of_one, of_eight = make_report(1), make_report(8)
     products = 2 * 16 * MACS_PER_IMAGE
-    # XLA counts the other operations too; the update of the parameters is each
-    # device's own.
-    assert products <= of_one.flops <= products + 40 * PARAMS + 20_000
-    assert products / 8 <= of_eight.flops <= products / 8 + 40 * PARAMS + 20_000
+    # XLA counts the other operations too; the update of the parameters, and whether
+    # it is finite, is each device's own.
+    assert products <= of_one.flops <= products + 45 * PARAMS + 20_000
+    assert products / 8 <= of_eight.flops <= products / 8 + 45 * PARAMS + 20_000
 
 
 def test_micro_batches_are_all_counted():

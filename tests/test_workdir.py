@@ -71,6 +71,7 @@ ANOTHER = {
 RESUMABLE = {
     'dataset.data_dir',
     'dataset.num_workers',
+    'dataset.steps_per_call',
     'dataset.timeout_seconds',
     'parallel.mode',
     'parallel.data',

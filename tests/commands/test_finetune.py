@@ -23,8 +23,9 @@ def train(run, tmp_path, data_dir):
 
     def train(*argv):
         workdir = tmp_path / 'tuned'
-        data = f'--config.dataset.data_dir={data_dir}'
-        argv = [*DIGITS, f'--workdir={workdir}', data, *argv]
+        if not any(word.startswith('--config.dataset.name') for word in argv):
+            argv = (f'--config.dataset.data_dir={data_dir}', *argv)
+        argv = [*DIGITS, f'--workdir={workdir}', *argv]
         code, _, err = run('train', *argv)
         assert code == 0, err
         return workdir, err

@@ -138,26 +138,3 @@ def test_a_worker_that_ends_by_itself():
     batches = eval_batches(Slow(), Dies(), batch_size=3, num_workers=1)
     with closing(batches), pytest.raises(UserError, match='ended with exit code 3'):
         next(batches)
-
-
-class Missing:
-    """The file of example 4 is gone."""
-
-    def __len__(self):
-        return 9
-
-    def __getitem__(self, index):
-        if index == 4:
-            with open('/nowhere/4.png', 'rb'):
-                pass
-        return {'image': None, 'label': index, 'name': 'x'}
-
-
-@pytest.mark.parametrize('training', [True, False])
-def test_files_that_cannot_be_read_are_named(training):
-    kwargs = {'batch_size': 3}
-    make = train_batches if training else eval_batches
-    batches = make(Missing(), Label(), **kwargs, **({'seed': 0} if training else {}))
-    message = '^/nowhere/4.png cannot be read: No such file or directory'
-    with closing(batches), pytest.raises(UserError, match=message):
-        list(itertools.islice(batches, 3))
