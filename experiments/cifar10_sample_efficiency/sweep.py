@@ -7,11 +7,10 @@ Runs every cell that `results.jsonl` does not hold yet, then writes `table.md`.
 """
 
 import pathlib
-import statistics
 import sys
 from collections.abc import Iterator
 
-from vit_jax.sweep import Cell, main
+from vit_jax.sweep import Cell, main, percent
 
 HERE = pathlib.Path(__file__).parent
 MODELS = {'cnn': 'CNN', 'vit': 'ViT', 'convit': 'ConViT'}
@@ -34,17 +33,13 @@ def sweep() -> Iterator[Cell]:
 def render(lines: list[dict]) -> str:
     """The table: accuracy on the way, mean and standard deviation over seeds."""
     rows = [f'| steps | {" | ".join(MODELS.values())} |', '| --- ' * 4 + '|']
-    for step in lines[0]['accuracies']:
-        cells = []
-        for model in MODELS:
-            config = f'configs/cifar10_{model}.py:small'
-            found = [
-                100 * line['accuracies'][step]
-                for line in lines
-                if line['config'] == config
-            ]
-            spread = statistics.stdev(found) if len(found) > 1 else float('nan')
-            cells.append(f'{statistics.mean(found):.1f} ± {spread:.1f}')
+    overrides = {key.replace('.', '__'): value for key, value in OVERRIDES.items()}
+    for step in lines[0]['accuracies'] if lines else ():
+        here = [{**line, 'accuracy': line['accuracies'][step]} for line in lines]
+        cells = [
+            percent(here, f'configs/cifar10_{model}.py:small', **overrides)
+            for model in MODELS
+        ]
         rows.append(f'| {int(step):,} | {" | ".join(cells)} |')
     return '\n'.join(rows) + '\n'
 
