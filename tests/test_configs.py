@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from vit_jax.build import build
-from vit_jax.config import load_config
+from vit_jax.config import flatten, load_config
 from vit_jax.errors import UserError
 from vit_jax.train import train
 
@@ -59,3 +59,69 @@ def load_card(path):
 def test_an_unknown_variant_is_refused(path):
     with pytest.raises(UserError, match='smoke'):
         load_config(f'{path}:smok')
+
+
+# "Training data-efficient image transformers", arXiv 2012.12877, table 9, column
+# DeiT-B; ConViT (arXiv 2103.10697, appendix) takes them over. What the table does not
+# say (floor, erasing and mixing as they are called, average, batch of ConViT: 8 x 64)
+# is in the defaults of main.py of github.com/facebookresearch/{deit,convit}.
+PAPER = {
+    'num_epochs': 300.0,
+    'optim.name': 'adamw',
+    'optim.schedule': 'cosine',
+    'optim.end_learning_rate': 1e-5,
+    'optim.weight_decay': 0.05,
+    'optim.b1': 0.9,
+    'optim.b2': 0.999,
+    'optim.label_smoothing': 0.1,
+    'optim.clip_norm': None,
+    'model.kwargs.drop_path_rate': 0.1,
+    'augment.repeats': 3,
+    'augment.randaugment': 'rand-m9-mstd0.5-inc1',
+    'augment.mixup': 0.8,
+    'augment.cutmix': 1.0,
+    'augment.mix_prob': 1.0,
+    'augment.mix_switch_prob': 0.5,
+    'augment.mix_mode': 'batch',
+    'augment.erasing': 0.25,
+    'augment.crop': 'resized',
+    'augment.min_scale': 0.08,
+    'augment.flip': True,
+    'dataset.interpolation': 'bicubic',
+    'dataset.image_size': (224, 224),
+    'dataset.eval_crop': 224 / 256,
+}
+PAPERS = {
+    'imagenet_deit': {
+        'model.name': 'DeiT-S/16',
+        'batch_size': 1024,
+        'optim.learning_rate': 5e-4 * 1024 / 512,
+        'optim.warmup_steps': 6256,  # 5 x 1,281,167 / 1024
+        'optim.ema_decay': 0.99996,
+    },
+    'imagenet_convit': {
+        'model.name': 'ConViT-S/16',
+        'batch_size': 512,
+        'optim.learning_rate': 5e-4,
+        'optim.warmup_steps': 12511,  # 5 x 1,281,167 / 512
+        'optim.ema_decay': None,
+    },
+}
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_recipes_of_papers_have_their_numbers(name):
+    (path,) = (path for path in CONFIGS if path.stem == name)
+    config = dict(flatten(load_config(str(path))))
+    expected = PAPER | PAPERS[name]
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_the_learning_rate_of_a_paper_ends_on_its_floor(name):
+    (path,) = (path for path in CONFIGS if path.stem == name)
+    run = build(load_config(str(path)))
+    peak = PAPERS[name]['optim.learning_rate']
+    warmup_steps = PAPERS[name]['optim.warmup_steps']
+    rates = [run.schedule(step) for step in (0, warmup_steps, run.num_steps)]
+    assert [float(rate) for rate in rates] == pytest.approx([0, peak, 1e-5])
