@@ -1,11 +1,24 @@
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vit_jax import benchmark
-from vit_jax.benchmark import compare
+from vit_jax.benchmark import (
+    WARMUP,
+    compare,
+    make_batch,
+    measure_training,
+    time_steps,
+)
+from vit_jax.build import build
+from vit_jax.config import default_config
+from vit_jax.errors import UserError
+from vit_jax.hardware import Hardware
+from vit_jax.summary import count
 
 
 def small(x, y):
@@ -61,3 +74,114 @@ def test_functions_see_the_arguments_in_order():
 
     compare({'a': record}, (jnp.ones(3), jax.numpy.ones(5, jnp.int32)), rounds=2)
     assert seen == [((3,), jnp.int32)]  # traced once
+
+
+# --- Steps of training --------------------------------------------------------
+
+
+def make_run(**values):
+    """A small CNN on 8 devices; `values` by dotted key."""
+    config = default_config()
+    config.model.name = 'CNN'
+    config.model.kwargs = {'widths': (8,), 'strides': (2,), 'num_groups': 1}
+    config.dataset.name = 'synthetic:size=6,channels=3,num_examples=37,num_classes=7'
+    config.batch_size = 16
+    config.num_steps = 11
+    for key, value in values.items():
+        config.update_from_flattened_dict({key: value})
+    return build(config)
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(benchmark.time, 'perf_counter', lambda: self.now)
+
+    def work(self, seconds, result):
+        self.now += seconds
+        return result
+
+
+def test_steps_are_timed_after_those_of_the_warm_up(monkeypatch):
+    """Batches take 1 s, steps 3 s, but the first of either takes 100 s."""
+    clock = Clock(monkeypatch)
+    seen = []
+
+    def step(state, batch):
+        seen.append((state, batch))
+        return clock.work(3.0 if state else 100.0, (state + 1, {}))
+
+    batches = (clock.work(1.0 if i else 100.0, f'batch {i}') for i in range(99))
+    state, times = time_steps(step, 0, batches, 5)
+    assert state == len(seen) == WARMUP + 5 + 1
+    assert seen[-1] == (WARMUP + 5, f'batch {WARMUP + 5}')
+    assert times.seconds.tolist() == [4.0] * 5
+    assert times.data_wait == 0.25
+
+
+def test_a_call_of_several_steps(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def step(state, batch):
+        return clock.work(6.0, (state, {}))
+
+    _, times = time_steps(step, 0, itertools.repeat(None), 3, size=2)
+    assert times.seconds.tolist() == [3.0, 3.0, 3.0]
+    assert times.data_wait == 0.0
+
+
+def test_a_batch_is_like_those_of_the_run():
+    run = make_run()
+    batch = make_batch(run)
+    shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
+    assert shapes == run.batch_shape
+    assert set(batch['label']) <= set(range(7))
+    assert len(set(batch['label'])) > 3
+    assert batch['image'].max() > 250
+    assert (batch['weight'] == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        {},
+        {'parallel.mode': 'pmap'},
+        {'dataset.placement': 'device'},
+        {'dataset.placement': 'device', 'dataset.steps_per_call': 2},
+    ],
+)
+def test_a_run_is_measured(values):
+    measured = measure_training(make_run(**values), steps=2, data=True)
+    assert 0 < measured.compile_seconds < 100
+    assert measured.memory_bytes > 16 * 6 * 6 * 3 // 8
+    for pace in (measured.batch, measured.data):
+        low, high = pace.quartiles
+        assert 0 < low <= pace.step_seconds <= high
+        assert pace.images_per_second == pytest.approx(16 / pace.step_seconds)
+        assert pace.images_per_second_per_device * 8 == pace.images_per_second
+        assert 0 <= pace.data_wait < 1
+        assert pace.flops_utilisation is None  # of a CPU
+
+
+def test_without_data_none_is_read(tmp_path):
+    values = {'dataset.name': 'cifar10', 'dataset.data_dir': str(tmp_path)}
+    run = make_run(**values)
+    assert measure_training(run, steps=1).data is None
+    with pytest.raises(UserError, match=r'cifar10.* is not prepared'):
+        measure_training(run, steps=1, data=True)
+
+
+def test_utilisation_is_of_what_the_model_needs(monkeypatch):
+    """Six operations per multiply-add and image, on 8 devices of 1 GFLOP/s."""
+    peak = Hardware('CPU', 1e9, 1.0, 1, '')
+    monkeypatch.setattr('vit_jax.hardware.find_hardware', lambda kind: peak)
+    run = make_run()
+    pace = measure_training(run, steps=1).batch
+    macs = count(run.model, (6, 6, 3))[1]
+    assert macs == 3 * 3 * 3 * 3 * 3 * 8 + 8 * 7
+    expected = 6 * macs * pace.images_per_second / 8e9
+    assert pace.flops_utilisation == pytest.approx(expected)
+    assert not math.isclose(expected, 0.0)
+    assert np.isfinite(expected)

@@ -1,11 +1,20 @@
-"""How long functions take next to each other, and the memory they need meanwhile."""
+"""How long functions take next to each other, and how fast a run trains."""
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from vit_jax.build import Run
+from vit_jax.hardware import utilisation
+from vit_jax.summary import count
+from vit_jax.typing import Batch
+
+WARMUP = 3  # steps that are not measured: the first are slower
 
 
 class Measured(NamedTuple):
@@ -54,3 +63,173 @@ def compare(
         )
         for name, program in compiled.items()
     }
+
+
+# --- A run --------------------------------------------------------------------
+
+
+class Times(NamedTuple):
+    """What steps took.
+
+    Attributes:
+      seconds: `[steps]`, of each.
+      data_wait: share of the time that went into waiting for batches.
+    """
+
+    seconds: np.ndarray
+    data_wait: float
+
+
+class Pace(NamedTuple):
+    """How fast steps were.
+
+    Attributes:
+      step_seconds: median.
+      quartiles: a quarter of the steps took less than the first, or more than the
+        second.
+      images_per_second: at the median, over all devices.
+      images_per_second_per_device: a device's share of them.
+      data_wait: share of the time that went into waiting for data, as in the log of
+        a run.
+      flops_utilisation: share of the devices' peak, see `hardware.utilisation`; None
+        where that is not known.
+    """
+
+    step_seconds: float
+    quartiles: tuple[float, float]
+    images_per_second: float
+    images_per_second_per_device: float
+    data_wait: float
+    flops_utilisation: float | None
+
+
+class Training(NamedTuple):
+    """How fast a run trains.
+
+    Attributes:
+      compile_seconds: of the step.
+      memory_bytes: the most that was in use on a device; where it does not tell, what
+        the program needs.
+      batch: the pace with one batch, made up, that lies on the devices.
+      data: the pace with the run's own data, or None.
+    """
+
+    compile_seconds: float
+    memory_bytes: int
+    batch: Pace
+    data: Pace | None
+
+
+def measure_training(run: Run, steps: int = 20, data: bool = False) -> Training:
+    """Times the steps of a run, which is not trained: its state is thrown away.
+
+    Args:
+      run: from `build`.
+      steps: that are timed, after `WARMUP` ones.
+      data: whether steps on the run's own data are timed too.
+
+    Raises:
+      UserError: with `data`, for data that is not there.
+    """
+    if data:
+        run.train_data(0).close()  # what is not there is missed before compiling
+    state = run.parallel.init(run.init)
+    batch = run.parallel.put(make_batch(run))
+    start = time.perf_counter()
+    program = _compile(run, run.train_step, state, batch)
+    compile_seconds = time.perf_counter() - start
+    state, times = time_steps(program, state, itertools.repeat(batch), steps)
+    of_batch, of_data = _pace(run, times), None
+    if data:
+        with closing(run.feed(0, 0)) as feed:
+            batches: Iterator[Batch] = feed
+            size = 1
+            if run.train_steps is not run.train_step:  # all of the data on the device
+                size = next(run.periods.calls(0, run.num_steps))
+                first = next(feed)
+                batches = itertools.repeat(first)  # the same steps again
+                program = _compile(run, run.train_steps, state, first)
+            _, times = time_steps(program, state, batches, steps, size)
+        of_data = _pace(run, times)
+    return Training(compile_seconds, _memory(program), of_batch, of_data)
+
+
+def make_batch(run: Run) -> Batch:
+    """Noise and labels in the shape of a batch: this process's rows of it."""
+    rng = np.random.default_rng(0)
+    rows = run.batch_size // jax.process_count()
+    image_shape = (rows, *run.batch_shape['image'].shape[1:])
+    return {
+        'image': rng.integers(0, 256, image_shape, np.uint8),
+        'label': rng.integers(0, len(run.dataset.class_names), rows, np.int32),
+        'weight': np.ones(rows, np.float32),
+    }
+
+
+def time_steps(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    state: Any,
+    batches: Iterator[Batch],
+    count: int,
+    size: int = 1,
+) -> tuple[Any, Times]:
+    """Runs steps, the host one ahead of the devices, as a run does.
+
+    Args:
+      step: (state, batch) -> (state, metrics), compiled; makes `size` steps.
+      state: is consumed.
+      batches: an item a call of `step`.
+      count: calls that are timed, after `WARMUP` ones.
+      size: steps of a call.
+
+    Returns:
+      (the last state, times).
+    """
+    waited = 0.0
+    ends = []  # of the call before the i-th
+    metrics = None
+    for i in range(WARMUP + count + 1):  # the last one closes the time before it
+        start = time.perf_counter()
+        batch = next(batches)
+        waited += (i > WARMUP) * (time.perf_counter() - start)
+        state, following = step(state, batch)
+        jax.block_until_ready(metrics)
+        ends.append(time.perf_counter())
+        metrics = following
+    jax.block_until_ready(metrics)
+    seconds = np.diff(ends)[WARMUP:]
+    return state, Times(seconds / size, waited / float(seconds.sum()))
+
+
+def _compile(run: Run, function: Callable, state: Any, batch: Any) -> Any:
+    step: Any = run.parallel.train_step(function, run.state_shape)
+    return step.lower(state, batch).compile()
+
+
+def _pace(run: Run, times: Times) -> Pace:
+    low, median, high = np.percentile(times.seconds, (25, 50, 75)).tolist()
+    devices = run.parallel.devices
+    # Forward pass and, twice as much, backward pass; a multiply-add is two operations.
+    macs = count(run.model, run.batch_shape['image'].shape[1:])[1]
+    return Pace(
+        step_seconds=median,
+        quartiles=(low, high),
+        images_per_second=run.batch_size / median,
+        images_per_second_per_device=run.batch_size / median / len(devices),
+        data_wait=times.data_wait,
+        flops_utilisation=utilisation(3 * 2 * macs * run.batch_size, median, devices),
+    )
+
+
+def _memory(program: Any) -> int:
+    used = jax.local_devices()[0].memory_stats() or {}
+    if 'peak_bytes_in_use' in used:
+        return used['peak_bytes_in_use']
+    needed = program.memory_analysis()
+    return (
+        needed.argument_size_in_bytes
+        + needed.output_size_in_bytes
+        - needed.alias_size_in_bytes
+        + needed.temp_size_in_bytes
+        + needed.generated_code_size_in_bytes
+    )

@@ -20,7 +20,7 @@ COMMANDS = {
     'check_data': 'what a config will read, with one decoded batch',
     'launch': 'a command in several processes, here or as a job of Slurm',
     'compile': 'the train step for TPUs that are not here: what it needs of them',
-    'benchmark': 'time and memory of GPSA next to plain attention',
+    'benchmark': 'how fast GPSA is next to plain attention, or a config trains',
 }
 
 

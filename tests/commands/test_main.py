@@ -73,7 +73,7 @@ def test_unknown_commands(fails, command, nearest):
         (['attend', '--quary=1,2', 'a.png'], "'--quary=1,2'; did you mean --query?"),
         (['summarize', '--modle=CNN'], "'--modle=CNN'; did you mean --model?"),
         (['check_data', '--workdir=/x', '--config=x'], "'--workdir=/x'"),
-        (['benchmark', 'gpsa', '--round=3'], "'--round=3'; did you mean --rounds?"),
+        (['benchmark', '--tokens=3', 'gpsa'], "'--tokens=3'"),
         # No abbreviations, no stray words, no config where none is read.
         (['train', '--work=/x', '--config=x'], "'--work=/x'; did you mean --workdir?"),
         (['train', 'more', '--workdir=/x', '--config=x'], "'more'"),
@@ -87,6 +87,20 @@ def test_unknown_options(fails, argv, message):
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
+        (['gpsa', '--round=3'], "'--round=3'; did you mean --rounds?"),
+        (['gpsa', '--config.seed=3'], "'--config.seed=3'"),
+        (['train', '--step=3', '--config=x'], "'--step=3'; did you mean --steps?"),
+        (['train', '--tokens=3', '--config=x'], "'--tokens=3'"),
+    ],
+)
+def test_unknown_options_of_benchmarks(fails, argv, message):
+    what = f'vit_jax benchmark {argv[0]}'
+    assert fails('benchmark', *argv) == f'{what} does not take {message}'
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
         (['train'], 'required: --config, --workdir'),
         (['predict', '--weights=/x'], 'required: IMAGE'),
         (['attend', 'a.png', '--weights=/x'], 'required: --out'),
@@ -95,6 +109,8 @@ def test_unknown_options(fails, argv, message):
         (['summarize', '--model=CNN', '--num_classes=x'], 'invalid positive value'),
         (['benchmark', 'gpsa', '--rounds=0'], 'invalid positive value'),
         (['benchmark', 'speed'], "invalid choice: 'speed'"),
+        (['benchmark', 'train'], 'required: --config'),
+        (['benchmark', 'train', '--config=x', '--steps=0'], 'invalid positive value'),
         (['benchmark', 'gpsa', '--dtype=float16'], "invalid choice: 'float16'"),
     ],
 )

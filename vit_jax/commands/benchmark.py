@@ -1,26 +1,136 @@
 """vit_jax benchmark"""
 
+import argparse
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
+from vit_jax import cluster
 from vit_jax.commands import options
 from vit_jax.errors import UserError
 
+if TYPE_CHECKING:  # JAX is imported when it is needed
+    from vit_jax.benchmark import Pace, Training
+
 EPILOG = """\
 gpsa: forward and backward pass of GPSA's core, each impl next to plain attention.
+train: the train step of a config, with one made-up batch that lies on the devices, and
+with the config's own data.
+
+  vit_jax benchmark gpsa --help
+  vit_jax benchmark gpsa
+  vit_jax benchmark train --help
+  vit_jax benchmark train --config=configs/digits_convit.py
+"""
+GPSA_EPILOG = """\
 Ratios are to the fastest plain impl of the same run. Medians of interleaved rounds.
 
   vit_jax benchmark gpsa
   vit_jax benchmark gpsa --tokens=196,1024 --dtype=bfloat16
 """
+TRAIN_EPILOG = f"""\
+{options.CONFIG_HELP}
+The dataset need not be prepared unless --data is given. Nothing is kept.
+
+  vit_jax benchmark train --config=configs/digits_convit.py --data
+  vit_jax benchmark train --config=configs/imagenet_convit.py --steps=50 --json
+"""
 
 
 def main(argv: Sequence[str]) -> None:
+    whats = {'gpsa': _gpsa, 'train': _train}
+    if argv and argv[0] in whats:
+        whats[argv[0]](argv[1:])
+        return
     parser = options.make_parser(
-        'benchmark', 'Time and memory next to a baseline.', epilog=EPILOG
+        'benchmark', 'How fast things are on this machine.', epilog=EPILOG
     )
-    parser.add_argument('what', choices=['gpsa'])
+    parser.add_argument('what', choices=list(whats))
+    options.parse_strict(parser, argv)
+    raise UserError(f'name what to measure first: {" or ".join(whats)}')
+
+
+# --- The train step of a config -----------------------------------------------
+
+
+def _train(argv: Sequence[str]) -> None:
+    parser = options.make_parser(
+        'benchmark train',
+        'Step time, images per second, waiting for data, memory of a config.',
+        epilog=TRAIN_EPILOG,
+    )
+    options.add_config(parser)
+    parser.add_argument(
+        '--steps', type=options.positive, default=20, help='that are timed, default 20'
+    )
+    parser.add_argument(
+        '--data', action='store_true', help="measure with the config's own data too"
+    )
+    parser.add_argument('--json', action='store_true', help='JSON instead of a table')
+    args, overrides = options.parse(parser, argv)
+    config = options.read_config(args.config, overrides)
+
+    options.quiet()
+    cluster.join()  # several processes, where the environment or the cluster says so
+    from vit_jax.benchmark import measure_training
+    from vit_jax.build import build
+
+    run = build(config, named=options.keys(overrides))
+    about = {
+        'model': config.model.name,
+        'dtype': config.dtype,
+        'device_kind': run.parallel.devices[0].device_kind,
+        'devices': len(run.parallel.devices),
+        'batch_size': run.batch_size,
+        'steps': args.steps,
+    }
+    measured = measure_training(run, args.steps, args.data)
+    if args.json:
+        options.print_once(json.dumps(about | _to_json(measured), indent=2))
+        return
+    title = f'{config.model.name}, {config.dtype}'
+    table = '\n'.join(_describe(measured))
+    options.print_once(f'{title}, {run.parallel.describe(run.batch_size)}\n{table}')
+
+
+def _to_json(measured: 'Training') -> dict:
+    paces = {'batch': measured.batch, 'data': measured.data}
+    return measured._asdict() | {
+        name: pace and pace._asdict() for name, pace in paces.items()
+    }
+
+
+def _describe(measured: 'Training') -> Iterator[str]:
+    yield f'compiled in {measured.compile_seconds:.1f} s'
+    yield f'memory of a device: {measured.memory_bytes / 2**30:.3f} GiB'
+    yield (
+        f'{"":16} {"ms/step":>9} {"quartiles":>19} {"images/s":>9} {"a device":>9} '
+        f'{"data wait":>9} {"of peak":>8}'
+    )
+    yield _row('one batch', measured.batch)
+    if measured.data is not None:
+        yield _row('its data', measured.data)
+
+
+def _row(name: str, pace: 'Pace') -> str:
+    low, high = (f'{1000 * seconds:.2f}' for seconds in pace.quartiles)
+    peak = '' if pace.flops_utilisation is None else f'{pace.flops_utilisation:.1%}'
+    return (
+        f'{name:16} {1000 * pace.step_seconds:9.2f} {f"{low} to {high}":>19} '
+        f'{pace.images_per_second:9,.0f} {pace.images_per_second_per_device:9,.0f} '
+        f'{pace.data_wait:9.0%} {peak or "not known":>9}'
+    )
+
+
+# --- GPSA ---------------------------------------------------------------------
+
+
+def _gpsa(argv: Sequence[str]) -> None:
+    parser = options.make_parser(
+        'benchmark gpsa', 'Time and memory next to plain attention.', epilog=GPSA_EPILOG
+    )
     parser.add_argument(
         '--tokens', default='196,1024,4096', help='token counts, default 196,1024,4096'
     )
@@ -51,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
         _benchmark_gpsa(tokens, batch_size, args)
 
 
-def _benchmark_gpsa(tokens: int, batch_size: int, args) -> None:
+def _benchmark_gpsa(tokens: int, batch_size: int, args: argparse.Namespace) -> None:
     import jax
 
     from vit_jax.benchmark import compare
@@ -67,7 +177,7 @@ def _benchmark_gpsa(tokens: int, batch_size: int, args) -> None:
     plain = ['xla', 'dense', 'chunked']
     plain += ['cudnn'] * (jax.default_backend() == 'gpu' and args.dtype == 'bfloat16')
     functions = {f'plain {impl}': _plain(impl) for impl in plain}
-    functions |= {f'gpsa {impl}': _gpsa(impl, grid) for impl in GPSA_IMPLS}
+    functions |= {f'gpsa {impl}': _gpsa_impl(impl, grid) for impl in GPSA_IMPLS}
     measured = compare(functions, (g, q, k, v, kernel, bias, gating), args.rounds)
 
     best = min(measured[f'plain {impl}'].seconds for impl in plain)
@@ -90,7 +200,7 @@ def _plain(impl: str) -> Callable:
     )
 
 
-def _gpsa(impl: str, grid: tuple[int, int]) -> Callable:
+def _gpsa_impl(impl: str, grid: tuple[int, int]) -> Callable:
     from vit_jax.layers.psa import gated_positional_attention
 
     return _with_gradients(partial(gated_positional_attention, grid=grid, impl=impl))
