@@ -192,7 +192,7 @@ class RandAugment:
       noise: standard deviation of the magnitude; infinite: uniform in
         [0, magnitude].
       probability: that an operation which was drawn is applied.
-      resamples: Pillow's filters, of which one is drawn.
+      resample: Pillow's filter.
       mean: of the dataset's pixels, in [0, 1], one per channel or one for all: the
         colour that comes in from outside.
     """
@@ -204,7 +204,7 @@ class RandAugment:
     max_magnitude: float
     noise: float
     probability: float
-    resamples: tuple[Image.Resampling, ...]
+    resample: Image.Resampling
     mean: tuple[float, ...]
 
     def __call__(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -217,6 +217,7 @@ class RandAugment:
         fill = tuple(min(255, round(255 * value)) for value in self.mean)
         if len(fill) != channels:
             fill = (round(sum(fill) / len(fill)),) * channels
+        canvas = Canvas(self.resample, fill)
         amounts = AMOUNTS[self.amounts]
         names = tuple(amounts)
         pixels = Image.fromarray(image[:, :, 0] if channels == 1 else image)
@@ -226,8 +227,7 @@ class RandAugment:
                 continue
             level = self._draw_magnitude(rng) / self.full_magnitude
             amount = amounts[name](level, 1 if rng.random() < 0.5 else -1)
-            resample = self.resamples[rng.integers(len(self.resamples))]
-            pixels = OPERATIONS[name](pixels, amount, Canvas(resample, fill))
+            pixels = OPERATIONS[name](pixels, amount, canvas)
         return np.asarray(pixels).reshape(image.shape)
 
     def _draw_magnitude(self, rng: np.random.Generator) -> float:
@@ -267,8 +267,7 @@ def parse_randaugment(
       spec: as 'rand-m9-mstd0.5-inc1', or 'plain-n2-m9', which knows m and n only.
       mean: of the dataset's pixels in [0, 1], one per channel or one for all: fills
         what comes in from outside. 'plain' fills with black.
-      interpolation: 'bicubic', 'bilinear', or 'random' for one of these each time.
-        'plain' takes the nearest pixel.
+      interpolation: 'bicubic' or 'bilinear'. 'plain' takes the nearest pixel.
 
     Raises:
       UserError: for a spec that cannot be read.
@@ -284,6 +283,8 @@ def parse_randaugment(
     plain = variant == 'plain'
     amounts = 'timm_increasing' if values.get('inc') else 'timm'
     noise = values.get('mstd', 0)
+    if interpolation not in INTERPOLATIONS:
+        raise unknown('interpolation', interpolation, INTERPOLATIONS)
     return RandAugment(
         amounts='plain' if plain else amounts,
         num_ops=int(values['n']),
@@ -292,7 +293,7 @@ def parse_randaugment(
         max_magnitude=values.get('mmax', _FULL_MAGNITUDE[variant]),
         noise=math.inf if noise > 100 else noise,
         probability=values.get('p', 1),
-        resamples=(Image.Resampling.NEAREST,) if plain else _resamples(interpolation),
+        resample=Image.Resampling.NEAREST if plain else INTERPOLATIONS[interpolation],
         mean=(0.0,) if plain else tuple(mean),
     )
 
@@ -324,11 +325,3 @@ def _parse_parts(spec: str, variant: str, parts: list[str]) -> dict[str, float]:
             raise UserError(f'augment.randaugment {spec!r}: {name} is above 0')
         values[name] = value
     return values
-
-
-def _resamples(interpolation: str) -> tuple[Image.Resampling, ...]:
-    if interpolation == 'random':
-        return tuple(INTERPOLATIONS.values())
-    if interpolation not in INTERPOLATIONS:
-        raise unknown('interpolation', interpolation, [*INTERPOLATIONS, 'random'])
-    return (INTERPOLATIONS[interpolation],)
