@@ -20,6 +20,14 @@ def fake(*kinds):
         # Of a chip: 2307, 7380; it is two devices.
         ('TPU7x', 1153.5, 3690),
         ('NVIDIA H200', 989, 4800),
+        # Half of what the sheets give with sparsity: 1513, 4500, 242, 299.4.
+        ('NVIDIA H100 PCIe', 756.5, 2000),
+        ('NVIDIA B200', 2250, 8000),
+        ('NVIDIA L4', 121, 300),
+        ('NVIDIA A40', 149.7, 696),
+        ('Tesla V100-SXM2-32GB', 125, 900),
+        ('Tesla V100-PCIE-16GB', 112, 900),
+        ('Tesla T4', 65, 300),
     ],
 )
 def test_peaks_of_a_device(kind, teraflops, gigabytes_per_second):
@@ -37,7 +45,7 @@ def test_rows_are_plausible():
     """No unit has slipped: all of these differ by less than a factor of 60."""
     for kind, hardware in HARDWARE.items():
         assert 5e13 < hardware.flops < 3e15, kind
-        assert 3e11 < hardware.hbm_bandwidth < 1e13, kind
+        assert 2e11 < hardware.hbm_bandwidth < 1e13, kind
         assert hardware.source.startswith('https://'), kind
 
 

@@ -9,6 +9,17 @@ GIB = 2**30
 
 CLOUD_TPU = 'https://docs.cloud.google.com/tpu/docs/'
 NVIDIA = 'https://www.nvidia.com/en-us/data-center/'
+H100_SHEET = (
+    'https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet'
+)
+V100_SHEET = (
+    'https://images.nvidia.com/content/technologies/volta/pdf/'
+    'volta-v100-datasheet-update-us-1165301-r5.pdf'
+)
+T4_SHEET = (
+    'https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/'
+    't4-tensor-core-datasheet-951643.pdf'
+)
 
 
 class Hardware(NamedTuple):
@@ -17,6 +28,7 @@ class Hardware(NamedTuple):
     Attributes:
       name: as its users call it.
       flops: bfloat16 operations a second, a multiply-add being two; no sparsity.
+        float16 ones of V100 and T4, whose matrix units know no bfloat16.
       hbm_bandwidth: bytes a second to and from its memory.
       cores: devices that make up a chip. The numbers above are a device's share.
       source: the page that says so.
@@ -49,6 +61,8 @@ def _chip(
 _V5E = _chip('TPU v5e', 197, 819, CLOUD_TPU + 'v5e')
 _V5P = _chip('TPU v5p', 459, 2765, CLOUD_TPU + 'tpu7x')
 _V6E = _chip('TPU v6e', 918, 1638, CLOUD_TPU + 'v6e')
+_V100 = _chip('V100', 125, 900, V100_SHEET)
+_V100_PCIE = _chip('V100 PCIe', 112, 900, V100_SHEET)
 
 # By the device_kind that JAX reports; some kinds have had two names.
 HARDWARE: dict[str, Hardware] = {
@@ -67,7 +81,16 @@ HARDWARE: dict[str, Hardware] = {
     'NVIDIA A100 80GB PCIe': _chip('A100', 312, 1935, NVIDIA + 'a100/'),
     'NVIDIA H100 80GB HBM3': _chip('H100', 989, 3350, NVIDIA + 'h100/'),
     'NVIDIA H200': _chip('H200', 989, 4800, NVIDIA + 'h200/'),
+    'NVIDIA H100 PCIe': _chip('H100 PCIe', 756.5, 2000, H100_SHEET),
+    'NVIDIA B200': _chip('B200', 2250, 8000, NVIDIA + 'dgx-b200/'),
     'NVIDIA L40S': _chip('L40S', 362.05, 864, NVIDIA + 'l40s/'),
+    'NVIDIA L4': _chip('L4', 121, 300, NVIDIA + 'l4/'),
+    'NVIDIA A40': _chip('A40', 149.7, 696, NVIDIA + 'a40/'),
+    'Tesla V100-SXM2-16GB': _V100,
+    'Tesla V100-SXM2-32GB': _V100,
+    'Tesla V100-PCIE-16GB': _V100_PCIE,
+    'Tesla V100-PCIE-32GB': _V100_PCIE,
+    'Tesla T4': _chip('T4', 65, 300, T4_SHEET),
 }
 
 
