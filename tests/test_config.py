@@ -310,6 +310,6 @@ def test_keys_that_were_set_but_not_read(values, unread, named, fails):
             config.update_from_flattened_dict({key: value})
     if fails:
         with pytest.raises(UserError, match=rf'config\.{unread[0]} is set to'):
-            check_unread(config, unread, named)
+            check_unread(config, unread, named or None)
     else:
-        check_unread(config, unread, named)
+        check_unread(config, unread, named or None)

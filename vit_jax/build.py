@@ -128,7 +128,7 @@ class Run:
     metadata: dict[str, Any]
 
 
-def build(config: ConfigDict, named: Collection[str] = ()) -> Run:
+def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
     """Assembles the experiment that a config describes.
 
     Args:

@@ -288,21 +288,22 @@ def check_ranges(config: ConfigDict) -> None:
 
 
 def check_unread(
-    config: ConfigDict, unread: Sequence[str], named: Collection[str] = ()
+    config: ConfigDict, unread: Sequence[str], named: Collection[str] | None = None
 ) -> None:
     """Raises UserError for keys that were set and that a run does not read.
 
     Args:
       config: the config of the run.
       unread: keys that the run did not read.
-      named: keys that the user named, which count as set even at their default. Then
-        the recipe's own are no errors: whoever turns something off on the command line
-        need not know what else the recipe says of it.
+      named: keys that the user named over the recipe, which count as set even at their
+        default. The recipe's own are no errors then: whoever turns something off on the
+        command line need not know what else the recipe says of it. None for a recipe as
+        it is.
     """
     defaults = dict(flatten(default_config(config.task)))
     for key, value in flatten(config):
         is_set = key not in defaults or value != defaults[key]
-        if key in unread and (key in named if named else is_set):
+        if key in unread and (is_set if named is None else key in named):
             raise UserError(
                 f'config.{key} is set to {value!r}, but this run does not read it; '
                 f'leave it out, or set what makes use of it'

@@ -139,7 +139,7 @@ def _run(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> dict[str, A
         values['dataset.data_dir'] = data_dir
     arguments = [f'--config.{key}={value}' for key, value in values.items()]
     start = time.time()
-    run = build(override(load_config(cell.config), arguments))
+    run = build(override(load_config(cell.config), arguments), named=list(values))
     result = train(run, workdir)
     return {
         **cell._asdict(),

@@ -77,7 +77,7 @@ def _train(argv: Sequence[str]) -> None:
     from vit_jax.benchmark import measure_training
     from vit_jax.build import build
 
-    run = build(config, named=options.keys(overrides))
+    run = build(config, named=options.keys(overrides) or None)
     about = {
         'model': config.model.name,
         'dtype': config.dtype,

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     options.quiet()
     from vit_jax.build import build
 
-    run = build(config, named=options.keys(overrides))
+    run = build(config, named=options.keys(overrides) or None)
     dataset, names = run.dataset, run.dataset.class_names
     training = run.train_data(0)  # first: raises for data that is not there
     print(f'{dataset.name}: {dataset.location}')

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     from vit_jax.build import build
     from vit_jax.topology import compile_for, largest_batch, memory_limit, run_on
 
-    run = run_on(build(config, named=options.keys(overrides)), devices)
+    run = run_on(build(config, named=options.keys(overrides) or None), devices)
     limit = memory_limit(devices[0])
     report = compile_for(run, devices, limit=limit, quick=args.quick)
     if not args.json:

@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> None:
         _take_facts(config, named, metadata.get('model', {}))
     else:
         config = override(from_dict(metadata['config']), overrides)
-    run = build(config, named=named)
+    # Of a run's own config, what it does not read was no error when it was trained.
+    run = build(config, named=named if args.workdir else named or None)
     model = run.model
     if args.probe:  # which are of any classes
         model = headless(model)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     from vit_jax.train import train
     from vit_jax.writer import format_metrics
 
-    run = build(config, named=options.keys(overrides))
+    run = build(config, named=options.keys(overrides) or None)
     result = train(run, args.workdir, args.allow_changes)
     options.print_once(
         f'finished at step {run.num_steps}: {format_metrics(result)}\n'
@@ -88,7 +88,7 @@ def _train_seeds(
     results = []
     for seed in args.seeds:
         config.seed = seed
-        run = build(config, named)
+        run = build(config, named or None)
         workdir = pathlib.Path(args.workdir) / f'seed{seed}'
         results.append(train(run, workdir, args.allow_changes))
         options.print_once(f'seed {seed}: {format_metrics(results[-1])}')
