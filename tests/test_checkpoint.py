@@ -354,6 +354,18 @@ def test_an_average_that_a_run_did_not_have_begins_with_its_parameters(
     assert 'checkpoint 5 has no average: it begins here' in caplog.text
 
 
+def test_a_damaged_checkpoint_without_its_average_takes_none_from_others(tmp_path):
+    state = make_state(5).replace(average=make_state(7).variables)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {})
+        checkpoints.save(6, state, {})
+    for item in ('average', 'variables'):
+        shutil.rmtree(tmp_path / 'checkpoints' / '6' / item)
+    found = restore(tmp_path, LIKE.replace(average=LIKE.variables))
+    assert found.step == 5
+    assert_same_bits(found.state, state)
+
+
 def test_the_average_is_a_checkpoint_s_own(tmp_path):
     average = make_state(7).variables
     state = make_state(5).replace(average=average)

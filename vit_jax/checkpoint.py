@@ -165,18 +165,19 @@ class Checkpoints:
             'optimizer': ocp.args.StandardRestore(optimizer),
             'metadata': ocp.args.JsonRestore(),
         }
-        if like.average is not None:
-            items['average'] = ocp.args.StandardRestore(like.average)
         steps = self.steps()[::-1]
         for step in steps:
             self._check_structure(step, 'variables', like.variables)
             self._check_structure(step, 'optimizer', optimizer)
-            # A run that goes on with an average which it did not have before.
-            if not (self._folder / str(step) / 'average').exists():
-                items.pop('average', None)
+            wanted = dict(items)
+            # A run may go on with an average which it did not have before.
+            has_average = (self._folder / str(step) / 'average').exists()
+            if like.average is not None and has_average:
+                wanted['average'] = ocp.args.StandardRestore(like.average)
             restored = None
             try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+                args = ocp.args.Composite(**wanted)
+                restored = self._manager.restore(step, args=args)
             except Exception as error:  # Orbax raises whatever its readers raise
                 log.warning('checkpoint %d cannot be read (%s)', step, reason(error))
             if not _everywhere(restored is not None):

@@ -23,7 +23,7 @@ from vit_jax.config import load_config, override
 from vit_jax.errors import Stopped, UserError
 from vit_jax.summary import count_params
 from vit_jax.train import train
-from vit_jax.writer import read_metrics
+from vit_jax.writer import read_evaluations
 
 
 class Cell(NamedTuple):
@@ -144,10 +144,9 @@ def _run(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> dict[str, A
     return {
         **cell._asdict(),
         'accuracy': result['accuracy'],
-        'accuracies': {  # by the step, of every evaluation
-            str(line['step']): line['eval/accuracy']
-            for line in read_metrics(workdir)
-            if 'eval/accuracy' in line
+        'accuracies': {  # of every evaluation
+            str(step): evaluation['accuracy']
+            for step, evaluation in read_evaluations(workdir).items()
         },
         'examples': result['examples'],
         'params': count_params(run.state_shape.variables['params']),
