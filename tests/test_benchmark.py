@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import benchmark
+from vit_jax import benchmark, telemetry
 from vit_jax.benchmark import (
     WARMUP,
     compare,
@@ -92,7 +92,7 @@ def make_run(**values):
     return build(config)
 
 
-class Clock:
+class Telling:
     """Time that passes when it is told to."""
 
     def __init__(self, monkeypatch):
@@ -106,7 +106,7 @@ class Clock:
 
 def test_steps_are_timed_after_those_of_the_warm_up(monkeypatch):
     """Batches take 1 s, steps 3 s, but the first of either takes 100 s."""
-    clock = Clock(monkeypatch)
+    clock = Telling(monkeypatch)
     seen = []
 
     def step(state, batch):
@@ -114,22 +114,24 @@ def test_steps_are_timed_after_those_of_the_warm_up(monkeypatch):
         return clock.work(3.0 if state else 100.0, (state + 1, {}))
 
     batches = (clock.work(1.0 if i else 100.0, f'batch {i}') for i in range(99))
-    state, times = time_steps(step, 0, batches, 5)
+    counting = telemetry.Clock(make_run())
+    state, seconds = time_steps(step, 0, batches, 5, counting)
     assert state == len(seen) == WARMUP + 5 + 1
     assert seen[-1] == (WARMUP + 5, f'batch {WARMUP + 5}')
-    assert times.seconds.tolist() == [4.0] * 5
-    assert times.data_wait == 0.25
+    assert seconds.tolist() == [4.0] * 5
+    assert counting.rates()['step_seconds'] == 4.0
 
 
 def test_a_call_of_several_steps(monkeypatch):
-    clock = Clock(monkeypatch)
+    clock = Telling(monkeypatch)
 
     def step(state, batch):
         return clock.work(6.0, (state, {}))
 
-    _, times = time_steps(step, 0, itertools.repeat(None), 3, size=2)
-    assert times.seconds.tolist() == [3.0, 3.0, 3.0]
-    assert times.data_wait == 0.0
+    counting = telemetry.Clock(make_run())
+    _, seconds = time_steps(step, 0, itertools.repeat(None), 3, counting, size=2)
+    assert seconds.tolist() == [3.0, 3.0, 3.0]
+    assert counting.rates()['step_seconds'] == 3.0
 
 
 def test_a_batch_is_like_those_of_the_run():
@@ -176,7 +178,7 @@ def test_without_data_none_is_read(tmp_path):
 def test_utilisation_is_of_what_the_model_needs(monkeypatch):
     """Six operations per multiply-add and image, on 8 devices of 1 GFLOP/s."""
     peak = Hardware('CPU', 1e9, 1.0, 1, '')
-    monkeypatch.setattr('vit_jax.hardware.find_hardware', lambda kind: peak)
+    monkeypatch.setattr('vit_jax.telemetry.find_hardware', lambda kind: peak)
     run = make_run()
     pace = measure_training(run, steps=1).batch
     macs = count(run.model, (6, 6, 3))[1]

@@ -1,13 +1,7 @@
-from types import SimpleNamespace
-
 import jax
 import pytest
 
-from vit_jax.hardware import HARDWARE, find_hardware, utilisation
-
-
-def fake(*kinds):
-    return [SimpleNamespace(device_kind=kind) for kind in kinds]
+from vit_jax.hardware import HARDWARE, find_hardware
 
 
 @pytest.mark.parametrize(
@@ -52,17 +46,3 @@ def test_rows_are_plausible():
 def test_unknown_hardware():
     assert find_hardware('TPU v99') is None
     assert find_hardware(jax.devices()[0].device_kind) is None  # a CPU
-
-
-def test_utilisation():
-    # Three chips of 197e12 work 2 s on what one could do in 3.
-    assert utilisation(3 * 197e12, 2.0, fake(*['TPU v5e'] * 3)) == pytest.approx(0.5)
-    # Peaks add up where kinds differ.
-    assert utilisation(472e12, 1.0, fake('TPU v5e', 'TPU v4')) == pytest.approx(1.0)
-
-
-def test_utilisation_of_what_is_not_known():
-    assert utilisation(1e12, 1.0, jax.devices()) is None
-    assert utilisation(1e12, 1.0, fake('TPU v4', 'cpu')) is None
-    assert utilisation(1e12, 0.0, fake('TPU v4')) is None
-    assert utilisation(1e12, 1.0, []) is None

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 
 from vit_jax.build import Run
-from vit_jax.hardware import utilisation
-from vit_jax.summary import count
+from vit_jax.telemetry import Clock
 from vit_jax.typing import Batch
 
 WARMUP = 3  # steps that are not measured: the first are slower
@@ -68,18 +67,6 @@ def compare(
 # --- A run --------------------------------------------------------------------
 
 
-class Times(NamedTuple):
-    """What steps took.
-
-    Attributes:
-      seconds: `[steps]`, of each.
-      data_wait: share of the time that went into waiting for batches.
-    """
-
-    seconds: np.ndarray
-    data_wait: float
-
-
 class Pace(NamedTuple):
     """How fast steps were.
 
@@ -89,10 +76,10 @@ class Pace(NamedTuple):
         second.
       images_per_second: at the median, over all devices.
       images_per_second_per_device: a device's share of them.
-      data_wait: share of the time that went into waiting for data, as in the log of
+      data_wait: share of the time in which devices waited for data, as in the log of
         a run.
-      flops_utilisation: share of the devices' peak, see `hardware.utilisation`; None
-        where that is not known.
+      flops_utilisation: share of the devices' peak that the model needs at the median;
+        None where that is not known.
     """
 
     step_seconds: float
@@ -138,8 +125,9 @@ def measure_training(run: Run, steps: int = 20, data: bool = False) -> Training:
     start = time.perf_counter()
     program = _compile(run, run.train_step, state, batch)
     compile_seconds = time.perf_counter() - start
-    state, times = time_steps(program, state, itertools.repeat(batch), steps)
-    of_batch, of_data = _pace(run, times), None
+    clock = Clock(run)
+    state, seconds = time_steps(program, state, itertools.repeat(batch), steps, clock)
+    of_batch, of_data = _pace(run, seconds, clock), None
     if data:
         with closing(run.feed(0, 0)) as feed:
             batches: Iterator[Batch] = feed
@@ -149,8 +137,8 @@ def measure_training(run: Run, steps: int = 20, data: bool = False) -> Training:
                 first = next(feed)
                 batches = itertools.repeat(first)  # the same steps again
                 program = _compile(run, run.train_steps, state, first)
-            _, times = time_steps(program, state, batches, steps, size)
-        of_data = _pace(run, times)
+            _, seconds = time_steps(program, state, batches, steps, clock, size)
+            of_data = _pace(run, seconds, clock)
     return Training(compile_seconds, _memory(program), of_batch, of_data)
 
 
@@ -171,8 +159,9 @@ def time_steps(
     state: Any,
     batches: Iterator[Batch],
     count: int,
+    clock: Clock,
     size: int = 1,
-) -> tuple[Any, Times]:
+) -> tuple[Any, np.ndarray]:
     """Runs steps, the host one ahead of the devices, as a run does.
 
     Args:
@@ -180,25 +169,24 @@ def time_steps(
       state: is consumed.
       batches: an item a call of `step`.
       count: calls that are timed, after `WARMUP` ones.
+      clock: counts the timed calls.
       size: steps of a call.
 
     Returns:
-      (the last state, times).
+      (the last state, seconds of each step `[count]`).
     """
-    waited = 0.0
     ends = []  # of the call before the i-th
     metrics = None
     for i in range(WARMUP + count + 1):  # the last one closes the time before it
-        start = time.perf_counter()
-        batch = next(batches)
-        waited += (i > WARMUP) * (time.perf_counter() - start)
-        state, following = step(state, batch)
+        if i == WARMUP + 1:
+            clock.start()
+        state, following = step(state, clock.wait_for(batches, size))
+        clock.called(following)
         jax.block_until_ready(metrics)
         ends.append(time.perf_counter())
         metrics = following
     jax.block_until_ready(metrics)
-    seconds = np.diff(ends)[WARMUP:]
-    return state, Times(seconds / size, waited / float(seconds.sum()))
+    return state, np.diff(ends)[WARMUP:] / size
 
 
 def _compile(run: Run, function: Callable, state: Any, batch: Any) -> Any:
@@ -206,18 +194,16 @@ def _compile(run: Run, function: Callable, state: Any, batch: Any) -> Any:
     return step.lower(state, batch).compile()
 
 
-def _pace(run: Run, times: Times) -> Pace:
-    low, median, high = np.percentile(times.seconds, (25, 50, 75)).tolist()
-    devices = run.parallel.devices
-    # Forward pass and, twice as much, backward pass; a multiply-add is two operations.
-    macs = count(run.model, run.batch_shape['image'].shape[1:])[1]
+def _pace(run: Run, seconds: np.ndarray, clock: Clock) -> Pace:
+    low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
+    images_per_second = run.batch_size / median
     return Pace(
         step_seconds=median,
         quartiles=(low, high),
-        images_per_second=run.batch_size / median,
-        images_per_second_per_device=run.batch_size / median / len(devices),
-        data_wait=times.data_wait,
-        flops_utilisation=utilisation(3 * 2 * macs * run.batch_size, median, devices),
+        images_per_second=images_per_second,
+        images_per_second_per_device=images_per_second / len(run.parallel.devices),
+        data_wait=clock.rates()['data_wait'],
+        flops_utilisation=clock.utilisation(images_per_second),
     )
 
 

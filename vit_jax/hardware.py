@@ -1,9 +1,6 @@
 """What accelerators can do at their best: the peaks that a run is measured against."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
-
-import jax
 
 GIB = 2**30
 
@@ -106,27 +103,3 @@ def find_hardware(device_kind: str) -> Hardware | None:
     True
     """
     return HARDWARE.get(device_kind)
-
-
-def utilisation(
-    flops: float, seconds: float, devices: Sequence[jax.Device]
-) -> float | None:
-    """The share of the devices' peak that some work reached.
-
-    With the model's own operations (three forward passes a step, two operations a
-    multiply-add) this is the "model FLOPs utilisation" of PaLM, arXiv 2204.02311,
-    appendix B; with those of the compiled program it counts recomputation too.
-
-    Args:
-      flops: operations of the work, over all devices.
-      seconds: how long it took.
-      devices: that took part, of all hosts.
-
-    Returns:
-      In [0, 1]; None where a device's peak is not known.
-    """
-    found = [find_hardware(device.device_kind) for device in devices]
-    peak = sum(hardware.flops for hardware in found if hardware is not None)
-    if None in found or not peak * seconds:
-        return None
-    return flops / (peak * seconds)

@@ -91,13 +91,19 @@ class Clock:
             'images_per_second': images_per_second,
             'data_wait': self._waited / seconds,
         }
-        if self._flops and self._peak:
-            flops = self._flops * images_per_second / self._num_devices
-            rates['flops_utilisation'] = flops / self._peak
+        utilisation = self.utilisation(images_per_second)
+        if utilisation is not None:
+            rates['flops_utilisation'] = utilisation
         memory = jax.local_devices()[0].memory_stats() or {}
         if 'peak_bytes_in_use' in memory:
             rates['memory_gib'] = memory['peak_bytes_in_use'] / 2**30
         return rates
+
+    def utilisation(self, images_per_second: float) -> float | None:
+        """The share of the devices' peak that the model needs at that pace, or None."""
+        if not (self._flops and self._peak):
+            return None
+        return self._flops * images_per_second / (self._num_devices * self._peak)
 
 
 class Profile:

@@ -107,7 +107,7 @@ def _describe(measured: 'Training') -> Iterator[str]:
     yield f'memory of a device: {measured.memory_bytes / 2**30:.3f} GiB'
     yield (
         f'{"":16} {"ms/step":>9} {"quartiles":>19} {"images/s":>9} {"a device":>9} '
-        f'{"data wait":>9} {"of peak":>8}'
+        f'{"data wait":>9} {"of peak":>9}'
     )
     yield _row('one batch', measured.batch)
     if measured.data is not None:
