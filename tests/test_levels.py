@@ -17,7 +17,7 @@ LEVELS = (
     'build',
     'train evaluate export benchmark maps pictures report summary sweep interrupt '
     'recent '
-    'telemetry topology probes processes',
+    'telemetry slices topology largest_batch probes processes',
     'commands',
     'main',
 )

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +12,14 @@ import pytest
 from vit_jax.build import build
 from vit_jax.config import default_config
 from vit_jax.errors import UserError
-from vit_jax.hardware import find_hardware
 from vit_jax.layers.attention import auto_impl
+from vit_jax.slices import slice_devices
 from vit_jax.topology import (
-    GENERATIONS,
     compile_for,
     count_collectives,
-    largest_batch,
     memory_limit,
     parse_overflow,
-    parse_slice,
     run_on,
-    slice_devices,
-    solve_line,
     with_batch_size,
 )
 
@@ -123,30 +117,6 @@ def test_averages_are_told_apart():
     assert report.memory.arguments['average'] == 4 * PARAMS
 
 
-def test_largest_batch():
-    run = make_run(batch_size=4096)
-    report = compile_for(run, cpus(2), quick=True)
-    limit = 3 * report.memory.total
-    report = report._replace(memory=report.memory._replace(limit=limit))
-    largest = largest_batch(run, cpus(2), report, quick=True)
-    assert largest.batch_size % 2 == 0
-    assert largest.batch_size > 4096
-    assert largest.memory.fits
-    assert largest.memory.limit == limit
-    assert largest.memory.total > 0.9 * limit  # there is no room for many more
-
-
-def test_the_largest_batch_of_mixed_images_has_whole_pairs():
-    run = make_run(batch_size=64, **{'augment.mixup': 0.8})
-    report = compile_for(run, cpus(1), quick=True)
-    # 0.6 x 64 x 1.5 is 57 images: the second size, were they not mixed.
-    limit = int(1.5 * report.memory.total)
-    report = report._replace(memory=report.memory._replace(limit=limit))
-    largest = largest_batch(run, cpus(1), report, quick=True)
-    assert largest.batch_size % 2 == 0
-    assert largest.batch_size > 64
-
-
 @pytest.mark.parametrize('num_devices', [1, 8])
 def test_data_on_the_device_is_counted(num_devices):
     """What is compiled is the scan over steps, with all 37 examples everywhere."""
@@ -162,15 +132,6 @@ def test_data_on_the_device_is_counted(num_devices):
     sized = compile_for(with_batch_size(run, 64), cpus(num_devices), quick=True)
     assert sized.flops >= 2 * 64 * MACS_PER_IMAGE / num_devices
     assert sized.memory.arguments['data'] == arguments['data']
-
-
-def test_no_batch_fits_without_room_for_the_state():
-    report = make_report()
-    tight = report._replace(memory=report.memory._replace(limit=4 * PARAMS))
-    assert not tight.memory.fits
-    assert largest_batch(make_run(), cpus(), tight, quick=True) is None
-    with pytest.raises(UserError, match=r"memory of 'cpu' devices is not known"):
-        largest_batch(make_run(), cpus(), report)
 
 
 def test_the_run_itself_is_untouched():
@@ -196,36 +157,7 @@ def test_json():
     assert values['roofline_seconds']['memory'] == report.bytes_accessed / 1200e9
 
 
-# --- Names, lines, texts ------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ('name', 'chips', 'num_devices'),
-    [('v5e:16x16', 256, 256), ('v4:4x4x8', 128, 128), ('TPU7x:2x2x2', 8, 16)],
-)
-def test_slices(name, chips, num_devices):
-    assert parse_slice(name) == (name.lower(), chips, num_devices)
-
-
-def test_all_slices_have_up_to_256_chips():
-    for kind, generation in GENERATIONS.items():
-        chips = [parse_slice(f'{kind}:{shape}').chips for shape in generation.slices]
-        assert max(chips) == 256, kind
-
-
-@pytest.mark.parametrize(
-    ('name', 'message'),
-    [
-        ('v5:2x2', r"unknown TPU generation 'v5'; did you mean 'v5[ep]'\?"),
-        ('v5e', r"no v5e slice .* shape ''; choose one of: 1x1, 2x2, 2x4"),
-        ('v5e:3x3', r"'3x3'; choose one of: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
-        ('v4:4x4', r"'4x4'; choose one of: 2x2x1, 2x2x2"),
-        ('v5e:32x32', r"'32x32'; choose one of"),
-    ],
-)
-def test_names_of_no_slice(name, message):
-    with pytest.raises(UserError, match=message):
-        parse_slice(name)
+# --- Texts ------------------------------------------------------
 
 
 def test_overflow_is_read():
@@ -235,22 +167,6 @@ def test_overflow_is_read():
     assert parse_overflow(new) == (1536 * GIB, round(94.74 * GIB))
     with pytest.raises(UserError, match=r'^the compiler stopped: out of luck$'):
         parse_overflow('out\nof luck')
-
-
-@pytest.mark.parametrize(
-    ('points', 'answer'),
-    [
-        ({10: 120, 30: 320}, 98),  # 20 + 10 x
-        ({10: 120, 200: 2020}, 98),
-        ({10: 120, 98: 1001}, 97),  # the line says 97.9
-        ({10: 100, 50: 1020, 90: 2000}, 49),
-        ({10: 900, 20: 950, 25: 1200}, 24),  # the line says 30
-        ({10: 120, 20: 120}, 20),  # no slope: as far as is known
-        ({10: 1200, 20: 1200}, 9),
-    ],
-)
-def test_line(points, answer):
-    assert solve_line(points, 1000) == answer
 
 
 def test_collectives_are_read():
@@ -276,29 +192,6 @@ def test_attention_is_chosen_for_the_devices_that_are_compiled_for():
 
 
 # --- For TPUs that are not here -----------------------------------------------
-
-
-def test_libtpu_is_asked_for(monkeypatch):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    message = "compiling for TPUs needs libtpu: pip install 'vit_jax[tpu]'"
-    with pytest.raises(UserError, match=re.escape(message)):
-        slice_devices('v5e:2x2')
-
-
-@needs_libtpu
-@pytest.mark.parametrize('kind', GENERATIONS)
-def test_devices_are_counted_as_the_compiler_does(kind):
-    shape = GENERATIONS[kind].slices[-1]
-    devices = slice_devices(f'{kind}:{shape}')
-    place = parse_slice(f'{kind}:{shape}')
-    assert len(devices) == place.num_devices
-    assert len({tuple(device.coords) for device in devices}) == place.chips
-    hardware = find_hardware(devices[0].device_kind)
-    assert hardware.cores == GENERATIONS[kind].cores
-    # The compiler keeps a little of the memory that a chip is published to have.
-    published = {'v4': 32, 'v5e': 16, 'v5p': 95, 'v6e': 32, 'tpu7x': 192}[kind]
-    limit = memory_limit(devices[0]) * hardware.cores
-    assert 0.95 <= limit / (published * GIB) <= 1.01
 
 
 @needs_libtpu

@@ -1,15 +1,13 @@
 """The train step of a run, compiled for accelerators that are not here.
 
-XLA compiles for a TPU slice from its name alone (libtpu brings the compiler, which runs
-on the CPU), and tells what the program needs of each device before any is rented: the
-same step, sharded and donated in the same way, that `train` would compile there.
+XLA compiles for devices from their description alone (`vit_jax.slices`), and tells what
+the program needs of each before any is rented: the same step, sharded and donated in
+the same way, that `train` would compile there.
 """
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -18,69 +16,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from vit_jax.build import Run
 from vit_jax.data.resident import MakeBatch, scan_steps
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError
 from vit_jax.hardware import find_hardware
 from vit_jax.parallel import bytes_per_device
 from vit_jax.summary import count_macs
 
-
-class Generation(NamedTuple):
-    """A generation of TPUs.
-
-    Attributes:
-      slices: the shapes in which up to 256 chips are let, as published with each
-        generation at https://docs.cloud.google.com/tpu/docs.
-      cores: devices that JAX counts per chip.
-      options: of the compiler's topology, beside the shape.
-    """
-
-    slices: tuple[str, ...]
-    cores: int = 1
-    options: dict[str, str] = {}
-
-
-_TORUS_2D = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_TORUS_3D = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x4x12', '4x8x8')
-GENERATIONS: dict[str, Generation] = {
-    # A chip's two cores work as one device, 'megacore', where JAX runs on v4; the
-    # compiler would take them for two unless told.
-    'v4': Generation((*_TORUS_3D, '4x4x16'), options={'chip_config_name': 'megacore'}),
-    'v5e': Generation(_TORUS_2D),
-    'v5p': Generation((*_TORUS_3D, '4x4x16')),
-    'v6e': Generation(_TORUS_2D),
-    'tpu7x': Generation(_TORUS_3D, cores=2),
-}
-
-# What libtpu would otherwise ask the metadata server of a cloud machine for, and
-# complain about not finding; and a lock that is for programs that run.
-_LIBTPU_ENV = {
-    'TPU_SKIP_MDS_QUERY': '1',
-    'TPU_WORKER_HOSTNAMES': 'localhost',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-}
-
 # XLA's least effort (`jax_optimization_level` O0), by its number.
 _QUICK = {'optimization_level': 9}
-
-
-class Slice(NamedTuple):
-    """Accelerators that are not here.
-
-    Attributes:
-      name: such as 'v5e:16x16'.
-      chips: how many there are.
-      num_devices: how many devices JAX counts.
-    """
-
-    name: str
-    chips: int
-    num_devices: int
 
 
 class Memory(NamedTuple):
@@ -165,46 +111,6 @@ class Report(NamedTuple):
             'memory': {**self.memory._asdict(), 'fits': self.memory.fits},
             'roofline_seconds': self.roofline(),
         }
-
-
-def parse_slice(name: str) -> Slice:
-    """What a name such as 'v5e:4x4' or 'v4:4x4x8' stands for.
-
-    Raises:
-      UserError: for a generation or a shape that there is not.
-
-    >>> parse_slice('tpu7x:2x2x4')
-    Slice(name='tpu7x:2x2x4', chips=16, num_devices=32)
-    """
-    kind, _, shape = name.lower().partition(':')
-    if kind not in GENERATIONS:
-        raise unknown('TPU generation', kind, GENERATIONS)
-    generation = GENERATIONS[kind]
-    if shape not in generation.slices:
-        raise UserError(
-            f'no {kind} slice of up to 256 chips has the shape {shape!r}; choose one '
-            f'of: {", ".join(generation.slices)}'
-        )
-    chips = math.prod(map(int, shape.split('x')))
-    return Slice(f'{kind}:{shape}', chips, chips * generation.cores)
-
-
-def slice_devices(name: str) -> tuple[jax.Device, ...]:
-    """The devices of a slice; programs can be compiled for them, not run.
-
-    Raises:
-      UserError: for a name that is none (see `parse_slice`), and without libtpu.
-    """
-    name = parse_slice(name).name
-    if importlib.util.find_spec('libtpu') is None:
-        raise UserError("compiling for TPUs needs libtpu: pip install 'vit_jax[tpu]'")
-    for key, value in _LIBTPU_ENV.items():
-        os.environ.setdefault(key, value)
-    kind = name.partition(':')[0]
-    description = topologies.get_topology_desc(
-        topology_name=name, platform='tpu', **GENERATIONS[kind].options
-    )
-    return tuple(description.devices)
 
 
 def run_on(run: Run, devices: tuple[jax.Device, ...]) -> Run:
@@ -298,80 +204,6 @@ def compile_for(
     )
 
 
-def largest_batch(
-    run: Run,
-    devices: tuple[jax.Device, ...],
-    report: Report,
-    quick: bool = False,
-) -> Report | None:
-    """The report of the largest batch that fits, within a device's share of rows.
-
-    A second batch size gives a line through the memory of both; where it meets the
-    limit is the answer, which is compiled too. Should that not fit, the line is
-    drawn anew through it, three times at most.
-
-    Args:
-      run, devices, quick: see `compile_for`.
-      report: of the run as it is.
-
-    Returns:
-      None where not even the smallest batch fits.
-
-    Raises:
-      UserError: where the memory of the devices is not known.
-    """
-    limit = report.memory.limit
-    if limit is None:
-        raise UserError(f'the memory of {report.device_kind!r} devices is not known')
-    run = run_on(run, devices)
-    unit = run.parallel.data * run.parallel.fsdp * run.parallel.accum_steps
-    if _settings(run).augment.mixes:  # whole pairs of rows
-        unit = math.lcm(unit, 2)
-    # A size that takes more than half of the limit, and fits: from far away, what
-    # does not grow with the batch hides what does.
-    proportional = report.batch_size * limit / report.memory.total
-    other = max(int(0.6 * proportional) // unit, 1) * unit
-    if other == report.batch_size:
-        other *= 2
-
-    def compile_at(batch_size: int) -> Report:
-        sized = with_batch_size(run, batch_size)
-        return compile_for(sized, devices, limit=limit, quick=quick)
-
-    reports = {r.batch_size: r for r in (report, compile_at(other))}
-    for _ in range(3):
-        points = {size: r.memory.total for size, r in reports.items()}
-        answer = solve_line(points, limit) // unit * unit
-        if answer <= 0:
-            break
-        if answer not in reports:
-            reports[answer] = compile_at(answer)
-        if reports[answer].memory.fits:
-            break
-    fitting = [size for size, r in reports.items() if r.memory.fits]
-    return reports[max(fitting)] if fitting else None
-
-
-def solve_line(points: dict[int, int], limit: int) -> int:
-    """The x at which the line through the two points nearest to `limit` meets it.
-
-    Rounded down; below the smallest x whose y is above `limit`, should the line,
-    which is no more than an approximation, say otherwise.
-
-    >>> solve_line({10: 120, 20: 220}, 1000)
-    98
-    """
-    near = sorted(points, key=lambda x: abs(points[x] - limit))[:2]
-    x, other = min(near), max(near)
-    slope = (points[other] - points[x]) / (other - x)
-    above = [n for n, y in points.items() if y > limit]
-    most = min(above, default=None)
-    if slope <= 0:  # no more memory for more: nothing to solve
-        return max(points) if most is None else most - 1
-    answer = math.floor(x + (limit - points[x]) / slope)
-    return answer if most is None else min(answer, most - 1)
-
-
 def parse_overflow(message: str) -> tuple[int, int]:
     """(bytes needed, bytes there are), from XLA's error for a program too large.
 
@@ -409,11 +241,6 @@ def count_collectives(text: str) -> dict[str, int]:
             sizes = [max(sizes)]
         total[kind] += sum(sizes)
     return dict(total)
-
-
-def _settings(run: Run) -> Any:
-    """What the task reads from the config; see `vit_jax.tasks.classify.Settings`."""
-    return run.train_step.keywords['settings']  # type: ignore[attr-defined]
 
 
 def _make_batch(run: Run) -> MakeBatch | None:

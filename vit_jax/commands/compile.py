@@ -50,14 +50,15 @@ def main(argv: Sequence[str]) -> int:
     config = options.read_config(args.config, overrides)
 
     options.quiet()
-    from vit_jax.topology import parse_slice, slice_devices
+    from vit_jax.slices import parse_slice, slice_devices
 
     place = parse_slice(args.topology)
     _pretend(place.num_devices)
     devices = slice_devices(place.name)
 
     from vit_jax.build import build
-    from vit_jax.topology import compile_for, largest_batch, memory_limit, run_on
+    from vit_jax.largest_batch import largest_batch
+    from vit_jax.topology import compile_for, memory_limit, run_on
 
     run = run_on(build(config, named=options.keys(overrides) or None), devices)
     limit = memory_limit(devices[0])
