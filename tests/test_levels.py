@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
     'typing config errors axes sharding forks hardware cluster',
     'layers data losses metrics averaging writer param_groups optim state',
-    'models checkpoint workdir pretrained modules parallel image_data decode',
+    'models checkpoint stored workdir pretrained modules parallel image_data decode',
     'update tasks feed',
     'build',
     'train evaluate export benchmark maps pictures report summary sweep interrupt '

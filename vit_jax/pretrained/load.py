@@ -41,7 +41,7 @@ def load_variables(
       path: a file (Google's `.npz`, `.safetensors`, `.pth`, whatever its name is); a
         folder (Hugging Face's, that of `vit_jax export`, the workdir of a run, of which
         'WORKDIR@best', '@ema', '@last:5' or '@1500' are other weights than the newest,
-        see `checkpoint.choose`); or an address ('hf:timm/convit_tiny.fb_in1k',
+        see `stored.choose`); or an address ('hf:timm/convit_tiny.fb_in1k',
         'augreg:...', 'https://...'). Or what `open_source` made of it.
       model: whose variables they become.
       image_size: of the images that the model will see, one side or (height, width).

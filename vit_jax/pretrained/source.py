@@ -84,9 +84,9 @@ def _read_metadata(path: pathlib.Path, file: WeightFile) -> dict[str, Any] | Non
 
 
 def _open_workdir(workdir: pathlib.Path, wanted: str) -> Source:
-    """Weights of a run, see `checkpoint.choose`."""
+    """Weights of a run, see `stored.choose`."""
     # Not above: Orbax would be half of the time that `import vit_jax` takes.
-    from vit_jax.checkpoint import (
+    from vit_jax.stored import (
         choose,
         load_metadata,
         restore_variables,
