@@ -26,8 +26,13 @@ from vit_jax.errors import UserError
 HOLD_SECONDS = 0.5
 # How long the others get, to fail by the same mistake; and to end, when told to.
 SAME_SECONDS, STOP_SECONDS = 10.0, 3.0
-# What jaxlib prints of a CPU's collectives, several threads at once, and of SIGTERM.
-NOISE = re.compile(rb'\[Gloo\] Rank |^[\s:]*\d*$|preemption_notifier\.cc')
+# What jaxlib prints of a CPU's collectives, and of SIGTERM. Gloo writes its sentence in
+# pieces, from several threads: a line may hold some of them, in any order.
+NOISE = re.compile(
+    rb'^(\[Gloo\] Rank|is connected to|peer ranks\.'
+    rb'|Expected number of connected peer ranks is|[\s\d:])*$'
+    rb'|preemption_notifier\.cc'
+)
 LAST_WORDS = re.compile(rb'vit_jax: (error: |stopped )')
 
 

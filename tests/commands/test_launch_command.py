@@ -176,12 +176,17 @@ CONTINUE = 'vit_jax launch: the same command goes on from the last checkpoint\n'
 
 
 def test_what_processes_say(watch):
+    # Gloo's sentence, and what becomes of it when two threads write at once.
+    gloo = ' is connected to 7 peer ranks. '
+    gloo += 'Expected number of connected peer ranks is : 7'
     code, err, _ = watch(
         'echo a >&2; echo shared >&2; printf rest >&2',
-        'sleep 0.2; echo shared >&2; echo b >&2; echo "[Gloo] Rank 1 is" >&2',
+        f'sleep 0.2; echo shared >&2; echo b >&2; echo "[Gloo] Rank 1{gloo}" >&2; '
+        f'echo "[Gloo] Rank [Gloo] Rank 1" >&2; echo "{gloo}" >&2; echo "[Gloo]" >&2',
     )
     assert code == 0
-    assert sorted(err.splitlines()) == sorted(['a', 'shared', 'rest', '[1] b'])
+    lines = ['a', 'shared', 'rest', '[1] b', '[1] [Gloo]']
+    assert sorted(err.splitlines()) == sorted(lines)
 
 
 @pytest.mark.parametrize('verbose', [False, True])
