@@ -56,6 +56,8 @@ setup(
             'pytest>=8,<10',
             'pytest-xdist>=3.6,<4',
             'ruff>=0.6,<1',
+            'sacrebleu>=2.4,<3',
+            'sentencepiece>=0.2,<0.3',
             'submitit>=1.5,<2',
         ],
         # TensorFlow, for TFDS to prepare the datasets it downloads itself.
