@@ -4,7 +4,8 @@ data      CIFAR-10, a TFDS dataset prepared as array_record in --config.dataset.
 model     5 convolutions 3x3 with GroupNorm, two of stride 2; 5.4M parameters
 recipe    AdamW, 100 epochs in batches of 512, shifts by 4 pixels, mirroring,
           label smoothing 0.1, bfloat16
-expected  not run; `:small`: 0.14M parameters, minutes on a CPU
+expected  not run; `:small`, 0.14M parameters, on a tenth of the images: 52.9% accuracy,
+          see experiments/cifar10_sample_efficiency
 
   vit_jax train --config=configs/cifar10_cnn.py --workdir=/tmp/cifar10_cnn \\
       --config.dataset.data_dir=/data/tfds
