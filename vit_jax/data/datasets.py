@@ -8,15 +8,15 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from vit_jax.data.progress import Progress
-from vit_jax.errors import UserError, reason, unknown
+from vit_jax.data.tfds_builder import Splits, check_split, find_builder, reading
+from vit_jax.errors import UserError, unknown
 from vit_jax.forks import import_path, is_path
 
 _CHUNK = 256  # records read at a time for their labels
@@ -171,7 +171,7 @@ class _TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = f'{self.name}[{index}]'
-        with self._reading(name):
+        with reading(name, self.location):
             example = self.source[index]
             if example['label'] is None:  # of a file cut where a block of it ended
                 raise RuntimeError('there is no such record')
@@ -190,7 +190,7 @@ class _TfdsSource:
         labels = []
         for start in range(0, len(self), _CHUNK):
             places = range(start, min(start + _CHUNK, len(self)))
-            with self._reading(f'{self.name}[{start}:{places.stop}]'):
+            with reading(f'{self.name}[{start}:{places.stop}]', self.location):
                 records = self.source.data_source.__getitems__(places)
                 found = [features.deserialize_example_np(x)['label'] for x in records]
                 if None in found:
@@ -199,50 +199,16 @@ class _TfdsSource:
             advance(len(found))
         return np.asarray(labels)
 
-    @contextlib.contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # of array_record, which knows no OSError
-            raise UserError(
-                f'{name} cannot be read: {reason(error)}; a file in {self.location} is '
-                'missing or damaged: copy the dataset there again, or prepare it anew'
-            ) from error
-
-
-class _TfdsSplits(Mapping[str, int]):
-    """Examples of each split, and of the parts that TFDS knows: 'train[:10%]'."""
-
-    def __init__(self, splits: Any):
-        self._splits = splits
-
-    def __getitem__(self, split: str) -> int:
-        try:
-            return self._splits[split].num_examples
-        except ValueError:
-            raise KeyError(split) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._splits)
-
-    def __len__(self) -> int:
-        return len(self._splits)
-
 
 def _tfds(name: str, data_dir: str | None) -> Dataset:
     import tensorflow_datasets as tfds
 
     if data_dir is not None:
         data_dir = os.path.expanduser(data_dir)
-    try:
-        if name == 'digits':
-            builder = _prepare_digits(data_dir)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir)
-    except UserError:
-        raise
-    except (ValueError, AssertionError, ImportError) as error:
-        raise _tfds_error(name, error) from error
+    if name == 'digits':
+        builder = _prepare_digits(data_dir)
+    else:
+        builder = find_builder(name, data_dir)
     features = dict(builder.info.features.items())
     if not isinstance(features.get('image'), tfds.features.Image) or not isinstance(
         features.get('label'), tfds.features.ClassLabel
@@ -251,7 +217,7 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
             f'dataset {name!r} is not for image classification: it needs the features '
             f'image and label, and has {", ".join(features)}'
         )
-    prepared = _TfdsSplits(builder.info.splits)
+    prepared = Splits(builder.info.splits)
 
     where = f' --data_dir={data_dir}' if data_dir else ''
     if builder.name == 'imagenet2012':  # which is never downloaded
@@ -259,29 +225,7 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
         where = f' {source}{where}'
 
     def open_split(split: str) -> DataSource:
-        if not prepared:
-            raise UserError(
-                f'dataset {name!r} is not prepared at {builder.data_path}; run '
-                f'`vit_jax prepare {name}{where}`, or point dataset.data_dir to the '
-                'folder that holds it'
-            )
-        if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-            raise UserError(
-                f'dataset {name!r} at {builder.data_path} is stored as '
-                f'{builder.info.file_format.value}; it must be array_record: `vit_jax '
-                f'prepare {name} --tfrecords={builder.data_path} --data_dir=DIR` '
-                'writes it so'
-            )
-        if split not in prepared:
-            raise unknown(f'split of {name}', split, prepared)
-        if prepared[split] == 0:
-            raise UserError(f'split {split!r} of {name!r} has no examples')
-        for path in builder.info.splits[split].filepaths:
-            if not path.exists():
-                raise UserError(
-                    f'{path} is missing; copy dataset {name!r} there again, or remove '
-                    'its folder and prepare it anew'
-                )
+        check_split(builder, name, split, where)
         source = builder.as_data_source(
             split=split, decoders={'image': tfds.decode.SkipDecoding()}
         )
@@ -295,18 +239,6 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
         image_shape=features['image'].shape,
         open=open_split,
     )
-
-
-def _tfds_error(name: str, error: Exception) -> UserError:
-    """What TFDS says of a name, in one line."""
-    import tensorflow_datasets as tfds
-
-    # Community datasets are listed over the network, and with TensorFlow.
-    known = ['digits', *tfds.list_builders(with_community_datasets=False)]
-    if re.split('[:/]', name)[0] not in known:
-        return unknown('dataset', name, known)
-    first_line, _, _ = str(error).partition('\n')
-    return UserError(f'dataset {name!r}: {first_line}')
 
 
 def _prepare_digits(data_dir: str | None):
