@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import vit_jax.sharding
 from vit_jax.layers.attention import MultiHeadAttention
-from vit_jax.layers.blocks import EncoderBlock
+from vit_jax.layers.blocks import DecoderBlock, EncoderBlock
 from vit_jax.parallel import Parallel
 from vit_jax.sharding import gather_params, param_spec
 
@@ -34,9 +34,11 @@ def test_where_a_parameter_lies(path, shape, spec):
     assert param_spec(path, shape, MESH) == spec
 
 
-def make_block(**kwargs):
-    attention = partial(MultiHeadAttention, num_heads=4, **kwargs)
-    return EncoderBlock(attention, mlp_dim=24, remat='full', **kwargs)
+def make_block(block=EncoderBlock, cache_length=None, **kwargs):
+    attention = partial(
+        MultiHeadAttention, num_heads=4, cache_length=cache_length, **kwargs
+    )
+    return block(attention, mlp_dim=24, remat='full', **kwargs)
 
 
 @pytest.fixture
@@ -45,19 +47,24 @@ def parallel(monkeypatch):
     return Parallel('jit', tuple(jax.devices()), fsdp=4, tensor=2)
 
 
-def test_what_is_computed_again_gathers_its_parameters_again(parallel):
+@pytest.mark.parametrize(
+    ('block', 'attentions'), [(EncoderBlock, 1), (DecoderBlock, 2)]
+)
+def test_what_is_computed_again_gathers_its_parameters_again(
+    parallel, block, attentions
+):
     """In the backward pass of a block: kernels are whole, and so are their gradients.
 
     Compiled for CPUs, where XLA gathers anyhow, the program is the same without; for
     TPUs it is not.
     """
-    block, x = make_block(), jnp.zeros((8, 5, 16))
-    variables = block.init(jax.random.key(0), x)
-    grad = jax.grad(lambda variables, x: jnp.sum(block.apply(variables, x)))
+    block, args = make_block(block), attentions * [jnp.zeros((8, 5, 16))]
+    variables = block.init(jax.random.key(0), *args)
+    grad = jax.grad(lambda variables, args: jnp.sum(block.apply(variables, *args)))
     with jax.sharding.use_abstract_mesh(parallel.mesh.abstract_mesh):
         (again,) = [
             eqn.params['jaxpr']
-            for eqn in jax.make_jaxpr(grad)(variables, x).eqns
+            for eqn in jax.make_jaxpr(grad)(variables, args).eqns
             if eqn.primitive.name == 'remat2'
         ]
     found = [
@@ -68,8 +75,13 @@ def test_what_is_computed_again_gathers_its_parameters_again(parallel):
     for shape, part, whole, count in (
         ((16, 24), P('fsdp', 'tensor'), P(None, 'tensor'), 1),
         ((24, 16), P('tensor', 'fsdp'), P('tensor', None), 1),
-        ((4, 4, 16), P('tensor', None, 'fsdp'), P('tensor', None, None), 1),
-        ((16, 4, 4), P('fsdp', 'tensor', None), P(None, 'tensor', None), 3),
+        ((4, 4, 16), P('tensor', None, 'fsdp'), P('tensor', None, None), attentions),
+        (
+            (16, 4, 4),
+            P('fsdp', 'tensor', None),
+            P(None, 'tensor', None),
+            3 * attentions,
+        ),
     ):
         there, back = [part, whole], [whole, part]
         specs = [spec for found_shape, spec in found if found_shape == shape]
@@ -94,6 +106,24 @@ def test_gradients_of_parts_are_those_of_the_whole(parallel):
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected
     )
+
+
+def test_a_decoder_block_decodes_with_parts_of_its_parameters(parallel):
+    block = make_block(DecoderBlock, cache_length=5)
+    x, encoded = (jax.random.normal(jax.random.key(i), (8, 5, 16)) for i in range(2))
+    variables = block.init(jax.random.key(2), x, encoded)
+    expected = block.apply(variables, x, encoded)
+    placed = jax.device_put(variables, parallel.state_sharding(variables))
+
+    @jax.jit
+    def step(variables, x):
+        return block.apply(variables, x, encoded, decode=True, mutable=['cache'])
+
+    with jax.sharding.set_mesh(parallel.mesh):
+        start, cache = step(placed, x[:, :3])
+        rest, _ = step({**placed, **cache}, x[:, 3:])
+    found = np.concatenate([start, rest], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_kernels_are_sent_in_the_dtype_of_the_computation(parallel):

@@ -7,6 +7,7 @@ import numpy as np
 import numpy_reference as reference
 import pytest
 
+from vit_jax.errors import UserError
 from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.blocks import DecoderBlock, EncoderBlock, drop_path_rates
 
@@ -211,6 +212,53 @@ def test_dropout_after_the_attention_and_in_the_mlp(silent):
     rng = jax.random.key(0)
     out = reference.apply(block, params, x, train=True, rng=rng)
     assert 0.2 < np.mean(out == np.float32(x)) < 0.3
+
+
+@pytest.mark.parametrize('make', [make_block, make_decoder])
+def test_hidden_units_have_a_dropout_of_their_own(make):
+    plain, params, *args = make()
+    block = make(dropout_rate=0.5, hidden_dropout_rate=0.0)[0]
+    hidden = make(hidden_dropout_rate=0.5)[0]
+    # Without the second linear map nothing of the hidden units shows.
+    silent = {**params, 'mlp': {**params['mlp'], 'fc2': zeros(params['mlp']['fc2'])}}
+    rng = jax.random.key(0)
+    for module, shows in ((block, True), (hidden, False)):
+        out = reference.apply(module, silent, *args, train=True, rng=rng)
+        assert np.any(out != reference.apply(plain, silent, *args)) == shows
+    out = reference.apply(hidden, params, *args, train=True, rng=rng)
+    assert np.any(out != reference.apply(plain, params, *args))
+
+
+def zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('make', [make_block, make_decoder])
+def test_what_is_computed_again_is_the_same(make, remat):
+    block, params, *args = make(dropout_rate=0.5)
+    mask = {} if make is make_block else {'cross_mask': np.tri(T, 11, 6, bool)}
+
+    def gradients(block):
+        def loss(params, args):
+            rngs = {'dropout': jax.random.key(0)}
+            out = block.apply({'params': params}, *args, **mask, train=True, rngs=rngs)
+            return jnp.sum(out**2)
+
+        return jax.grad(loss, argnums=(0, 1))
+
+    args = [jnp.float32(x) for x in args]
+    expected = jax.jit(gradients(block))(params, args)
+    again = gradients(make(dropout_rate=0.5, remat=remat)[0])
+    reference.assert_gradients_close(jax.jit(again)(params, args), expected)
+    traced = jax.make_jaxpr(again)(params, args)
+    assert 'remat2' in {eqn.primitive.name for eqn in traced.eqns}
+
+
+@pytest.mark.parametrize('make', [make_block, make_decoder])
+def test_an_unknown_remat_offers_the_nearest(make):
+    with pytest.raises(UserError, match="unknown remat 'ful'; did you mean 'full'"):
+        make(remat='ful')
 
 
 @pytest.mark.parametrize(

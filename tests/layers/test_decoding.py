@@ -200,6 +200,20 @@ def test_decoder_block_decodes_as_in_one_pass(norm_first, lengths):
     reference.assert_close(out, whole, 2e-6)
 
 
+def test_decoding_computes_nothing_again():
+    attention = partial(MultiHeadAttention, num_heads=N, cache_length=T)
+    block = DecoderBlock(attention, 13, remat='full')
+    x, encoded = reference.random_arrays(2, (B, T, D), (B, S, 11))
+    params = reference.random_params(block, x, encoded)
+    whole = reference.apply(block, params, x, encoded)
+    parts = np.split(x, [3, 4], axis=1)
+    out, cache = decode(block, params, parts, encoded)
+    reference.assert_close(out, whole, 2e-6)
+    step = partial(block.apply, decode=True, mutable=['cache'])
+    traced = jax.make_jaxpr(step)({'params': params, 'cache': cache}, x, encoded)
+    assert 'remat2' not in {eqn.primitive.name for eqn in traced.eqns}
+
+
 def test_decoder_block_takes_a_cache_from_init():
     attention = partial(MultiHeadAttention, num_heads=N, cache_length=T)
     block = DecoderBlock(attention, 13)

@@ -55,3 +55,18 @@ def test_dropout_after_each_linear_map_in_training_only():
     dropped = out == 0.0
     assert 0.4 < dropped.mean() < 0.6  # by the second
     assert not np.any(np.isclose(out, 2 * plain)[~dropped])  # by the first
+
+
+@pytest.mark.parametrize(
+    ('rate', 'hidden_rate', 'zeros'), [(0.5, 0.0, 0.5), (0.0, 0.5, 0.0)]
+)
+def test_hidden_units_may_have_a_rate_of_their_own(rate, hidden_rate, zeros):
+    block = MlpBlock(mlp_dim=101, dropout_rate=rate, hidden_dropout_rate=hidden_rate)
+    x = jnp.ones((3, 97))
+    params = reference.random_params(block, x)
+    plain = reference.apply(block, params, x)
+    out = reference.apply(block, params, x, train=True, rng=jax.random.key(0))
+    dropped = out == 0.0
+    assert abs(dropped.mean() - zeros) < 0.1
+    kept = np.isclose(out, plain / (1.0 - rate))[~dropped]
+    assert np.all(kept) == (hidden_rate == 0.0)

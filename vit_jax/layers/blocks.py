@@ -33,6 +33,7 @@ class EncoderBlock(nn.Module):
         `module(x, train=train)` and keeps the shape `[B, T, D]`.
       mlp_dim: F, hidden size of the MLP.
       dropout_rate: dropout after the attention and in the MLP.
+      hidden_dropout_rate: of the MLP's hidden units, see `MlpBlock`.
       drop_path_rate: stochastic depth of both branches.
       norm_first: norms inside the branches, as above; False puts them after the
         sums, norm(x + attention(x)), as "Attention Is All You Need" does.
@@ -48,6 +49,7 @@ class EncoderBlock(nn.Module):
     attention: Callable[..., nn.Module]
     mlp_dim: int
     dropout_rate: float = 0.0
+    hidden_dropout_rate: float | None = None
     drop_path_rate: float = 0.0
     norm_first: bool = True
     layer_scale: float | None = None
@@ -89,12 +91,7 @@ class EncoderBlock(nn.Module):
             x = _residual(self, 1, attend, x, train)
             return _residual(self, 2, _mlp(self, train), x, train)
 
-        if self.remat not in REMAT:
-            raise unknown('remat', self.remat, REMAT)
-        encode = gather_params(encode, self, self.dtype)
-        if self.remat != 'none':
-            encode = nn.remat(encode, policy=REMAT[self.remat])
-        return encode(self, x)
+        return _lift(encode, self, self.remat)(self, x)
 
 
 class DecoderBlock(nn.Module):
@@ -110,11 +107,13 @@ class DecoderBlock(nn.Module):
     attention: Callable[..., nn.Module]
     mlp_dim: int
     dropout_rate: float = 0.0
+    hidden_dropout_rate: float | None = None
     drop_path_rate: float = 0.0
     norm_first: bool = True
     layer_scale: float | None = None
     layer_norm_eps: float = 1e-6
     activation: str = 'gelu'
+    remat: str = 'none'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: Dtype = jnp.float32
 
@@ -154,19 +153,24 @@ class DecoderBlock(nn.Module):
         (3, 5, 8)
         """
 
-        def attend_self(x: Array) -> Array:
-            attention = self.attention(causal=True, name='self_attention')
-            x = attention(x, mask=self_mask, decode=decode, train=train)
-            return Dropout(self.dropout_rate, name='self_dropout')(x, train=train)
+        def decode_tokens(self: DecoderBlock, x: Array, encoded: Array) -> Array:
+            def attend_self(x: Array) -> Array:
+                attention = self.attention(causal=True, name='self_attention')
+                x = attention(x, mask=self_mask, decode=decode, train=train)
+                return Dropout(self.dropout_rate, name='self_dropout')(x, train=train)
 
-        def attend_source(x: Array) -> Array:
-            attention = self.attention(causal=False, name='cross_attention')
-            x = attention(x, encoded, mask=cross_mask, decode=decode, train=train)
-            return Dropout(self.dropout_rate, name='cross_dropout')(x, train=train)
+            def attend_source(x: Array) -> Array:
+                attention = self.attention(causal=False, name='cross_attention')
+                x = attention(x, encoded, mask=cross_mask, decode=decode, train=train)
+                return Dropout(self.dropout_rate, name='cross_dropout')(x, train=train)
 
-        x = _residual(self, 1, attend_self, x, train)
-        x = _residual(self, 2, attend_source, x, train)
-        return _residual(self, 3, _mlp(self, train), x, train)
+            x = _residual(self, 1, attend_self, x, train)
+            x = _residual(self, 2, attend_source, x, train)
+            return _residual(self, 3, _mlp(self, train), x, train)
+
+        # Decoding with a cache has no backward pass that could compute anything again.
+        remat = 'none' if decode else self.remat
+        return _lift(decode_tokens, self, remat)(self, x, encoded)
 
 
 class LayerScale(nn.Module):
@@ -193,6 +197,16 @@ class LayerScale(nn.Module):
         init = nn.initializers.constant(self.start)
         scale = self.param('scale', init, x.shape[-1:], jnp.float32)
         return x * scale.astype(x.dtype)
+
+
+def _lift(
+    body: Callable[..., Array], block: EncoderBlock | DecoderBlock, remat: str
+) -> Callable[..., Array]:
+    """`body(block, ...)`: its parameters whole, computed again as `remat` says."""
+    if remat not in REMAT:
+        raise unknown('remat', remat, REMAT)
+    body = gather_params(body, block, block.dtype)
+    return body if remat == 'none' else nn.remat(body, policy=REMAT[remat])
 
 
 def _residual(
@@ -222,6 +236,7 @@ def _mlp(block: EncoderBlock | DecoderBlock, train: bool) -> Callable[[Array], A
         block.mlp_dim,
         block.dropout_rate,
         block.activation,
+        block.hidden_dropout_rate,
         kernel_init=block.kernel_init,
         dtype=block.dtype,
         name='mlp',

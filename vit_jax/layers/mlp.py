@@ -40,6 +40,8 @@ class MlpBlock(nn.Module):
       mlp_dim: F, the hidden size.
       dropout_rate: dropout after each linear map.
       activation: see `get_activation`.
+      hidden_dropout_rate: dropout after the first map, of the hidden units; None for
+        `dropout_rate`.
       kernel_init: initializer of both kernels.
       dtype: dtype of the computation; parameters are float32.
     """
@@ -47,6 +49,7 @@ class MlpBlock(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     activation: str = 'gelu'
+    hidden_dropout_rate: float | None = None
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: Dtype = jnp.float32
 
@@ -59,10 +62,11 @@ class MlpBlock(nn.Module):
         >>> block.apply(block.init(jax.random.key(0), x), x).shape
         (3, 5, 8)
         """
-        width = x.shape[-1]
+        width, hidden_rate = x.shape[-1], self.hidden_dropout_rate
+        hidden_rate = self.dropout_rate if hidden_rate is None else hidden_rate
         dense = {'kernel_init': self.kernel_init, 'dtype': self.dtype}
         x = nn.Dense(self.mlp_dim, name='fc1', **dense)(x)
         x = get_activation(self.activation)(x)
-        x = Dropout(self.dropout_rate, name='dropout1')(x, train=train)
+        x = Dropout(hidden_rate, name='dropout1')(x, train=train)
         x = nn.Dense(width, name='fc2', **dense)(x)
         return Dropout(self.dropout_rate, name='dropout2')(x, train=train)
