@@ -20,15 +20,21 @@ def half_zeros(rng, shape, dtype=None):
     return jnp.zeros(shape, jnp.float16)
 
 
+def as_inputs(shape):
+    """What a model is called on: an image of that shape, unless told as specs."""
+    if isinstance(shape[0], jax.ShapeDtypeStruct):
+        return shape
+    return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+
+
 def fingerprint(model, shape):
     """What the model does, without doing it: initialisation and training pass."""
 
-    def run(seed, image):
+    def run(seed, *inputs):
         rngs = {'params': jax.random.key(seed), 'dropout': jax.random.key(seed)}
-        return model.init_with_output(rngs, image, train=True)
+        return model.init_with_output(rngs, *inputs, train=True)
 
-    image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    closed = jax.make_jaxpr(run)(0, image)
+    closed = jax.make_jaxpr(run)(0, *as_inputs(shape))
     text = re.sub(r'0x[0-9a-f]+', '', str(closed))  # addresses of functions
     return text, [np.asarray(const).tobytes() for const in closed.consts]
 
@@ -50,22 +56,23 @@ def check_dtype_reaches_every_module(model, shape, float32_modules):
 
     The dropout of attention weights is left out: they are float32 by design.
     """
-    image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    inputs = as_inputs(shape)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     for leaf in jax.tree.leaves(variables):
         assert leaf.dtype == jnp.float32
 
-    def apply(variables, image):
+    def apply(variables, *inputs):
         return model.apply(
-            variables, image, capture_intermediates=True, mutable=['intermediates']
+            variables, *inputs, capture_intermediates=True, mutable=['intermediates']
         )[1]
 
-    captured = jax.eval_shape(apply, variables, image)['intermediates']
+    captured = jax.eval_shape(apply, variables, *inputs)['intermediates']
     outputs = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(captured):
         *modules, method = [entry.key for entry in path[:-1]]
-        if method == '__call__' and modules[-2:] != ['attention', 'dropout']:
-            outputs['/'.join(modules)] = leaf.dtype
+        name = '/'.join(modules)
+        if method == '__call__' and not name.endswith('attention/dropout'):
+            outputs[name] = leaf.dtype
     assert len(outputs) > 3
     wrong = {name for name, dtype in outputs.items() if dtype != jnp.bfloat16}
     assert wrong == set(float32_modules), wrong ^ set(float32_modules)

@@ -506,6 +506,12 @@ def test_values_that_do_not_fit(values, message):
     assert '\n' not in str(error.value)
 
 
+def test_a_model_of_sequences_is_not_for_images():
+    values = {'model.name': 'Transformer-tiny', 'model.kwargs': {}}
+    with pytest.raises(UserError, match='takes sequences of tokens, not images'):
+        build(make_config(**values))
+
+
 @pytest.mark.parametrize(
     ('values', 'message'),
     [

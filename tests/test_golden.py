@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.layers.attention import MultiHeadAttention, causal_mask, padding_mask
 from vit_jax.layers.blocks import DecoderBlock
 from vit_jax.models.convit import ConViT
+from vit_jax.models.transformer import Transformer
 from vit_jax.models.vit import ViT
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -27,17 +28,20 @@ def load(name):
 
 
 ATTENTION, MODELS = load('attention.npz'), load('models.npz')
+TRANSFORMER = load('transformer.npz')
 
 # PyTorch's names to ours, in this order.
 RENAMES = (
     (r'_(weight|bias)$', r'.\1'),
+    (r'^(\w+coder)\.layers\.(\d)', r'\1.block0\2'),
+    (r'^(encoder\.\w+)\.self_attn', r'\1.attention'),
     (r'^blocks\.(\d)', r'block0\1'),
     (r'^patch_embed\.proj', 'patches.embed'),
     (r'^norm\.', 'head.norm.'),
     (r'^head\.(weight|bias)', r'head.logits.\1'),
     (r'\.attn\.', '.attention.'),
-    (r'^self_attn', 'self_attention'),
-    (r'^multihead_attn', 'cross_attention'),
+    (r'\bself_attn', 'self_attention'),
+    (r'\bmultihead_attn', 'cross_attention'),
     (r'linear', 'mlp.fc'),
     (r'gating_param', 'gating'),
     (r'pos_proj\.weight', 'position_kernel'),
@@ -221,6 +225,60 @@ def test_decoder_block_is_the_decoder_layer_of_pytorch(order, activation):
         lambda out: jnp.sum(out * golden['cotangent']),
         cross_mask=padding_mask(~jnp.asarray(golden['memory_key_padding_mask'])),
     )
+
+
+@pytest.mark.parametrize('order', ['pre', 'post'])
+def test_transformer_is_that_of_pytorch(order):
+    """Which has no embeddings: each of its input vectors is a token of our tables."""
+    golden, width = TRANSFORMER[order], 12
+    vectors = {name: x.reshape(-1, width) for name, x in golden['inputs'].items()}
+    model = Transformer(
+        num_classes=1 + len(vectors['source']),  # the token 0 is padding
+        width=width,
+        depth=2,
+        decoder_depth=3,
+        mlp_dim=17,
+        num_heads=3,
+        posemb='none',
+        norm_first=order == 'pre',
+        share_embeddings=False,
+        tie_output=False,
+        layer_norm_eps=float(golden['eps']),
+    )
+    tokens = {
+        name: 1 + np.arange(len(x)).reshape(golden['inputs'][name].shape[:2])
+        for name, x in vectors.items()
+    }
+    tokens['source'] = np.where(golden['padding'], 0, tokens['source'])
+    to_tables = partial(make_tables, num_rows=model.num_classes)
+    scale = width**-0.5  # of our embeddings, which the model takes back
+    params = to_tree(golden['params'], num_heads=3) | to_tables(vectors, scale)
+    params['output'] = {'kernel': np.eye(width, model.num_classes)}
+    assert shapes(params) == shapes(reference.init_shapes(model, **tokens))
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def run(params):
+        out = model.apply({'params': params}, **tokens)[..., :width]
+        return jnp.sum(out * golden['cotangent']), out
+
+    (loss, out), grads = run(params)
+    reference.assert_close(out, golden['out'])
+    reference.assert_close(loss, golden['loss'])
+    del grads['output']
+    vectors = {k: x.reshape(-1, width) for k, x in golden['input_grads'].items()}
+    expected = to_tree(golden['param_grads'], num_heads=3)
+    reference.assert_gradients_close(grads, expected | to_tables(vectors, 1 / scale))
+
+
+def make_tables(vectors, scale, num_rows):
+    """Embeddings whose rows from 1 on are these vectors times `scale`."""
+    return {
+        f'{name}_embed': {
+            'embedding': np.pad(scale * x, ((1, num_rows - 1 - len(x)), (0, 0)))
+        }
+        for name, x in vectors.items()
+    }
 
 
 def check_model(model, golden, grid):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from vit_jax.models import check_takes_images
 from vit_jax.typing import Shape
 
 OTHER = '(other)'
@@ -50,7 +51,11 @@ def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
 
     Returns:
       Name of the block -> Cost; '(other)' for what no block did, where there is such.
+
+    Raises:
+      UserError: for a model of sequences.
     """
+    check_takes_images(model)
     model = _same_everywhere(model)
     image = jnp.zeros((1, *image_shape))
     rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
@@ -96,12 +101,13 @@ def count(model: nn.Module, image_shape: Shape) -> tuple[int, int]:
     """Parameters and multiply-adds of the whole model: `total` without the memory.
 
     Args:
-      model, image_shape: see `summarize`.
+      model, image_shape: see `summarize`, also for what is raised.
 
     >>> from vit_jax.models import build_model
     >>> count(build_model('DeiT-Ti/16', 1000), (224, 224, 3))
     (5717416, 1253683200)
     """
+    check_takes_images(model)
     # One trace tells both, since initializers have no products.
     init = partial(_same_everywhere(model).init_with_output, train=False)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from vit_jax.errors import UserError
 from vit_jax.models import build_model
 from vit_jax.pretrained import zoo
 from vit_jax.pretrained.zoo import Weights
@@ -56,6 +57,15 @@ def test_table(run, costs):
 def test_sizes_of_images(run, argv, title):
     _, out, _ = run('summarize', '--model=CNN', *argv)
     assert out.splitlines()[0] == title
+
+
+def test_models_of_sequences_are_not_summarised(fails):
+    assert fails('summarize', '--model=Transformer-base') == (
+        'a Transformer takes sequences of tokens, not images; choose a model of '
+        'images, such as ViT-S/16'
+    )
+    with pytest.raises(UserError, match='sequences of tokens, not images'):
+        count(build_model('Transformer-base', 7), (32, 48, 3))
 
 
 ROWS = (

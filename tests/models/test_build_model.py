@@ -7,7 +7,7 @@ import pytest
 
 import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.models import build_model
+from vit_jax.models import build_model, check_takes_images
 from vit_jax.models.convit import ConViT
 from vit_jax.models.vit import ViT
 
@@ -137,6 +137,20 @@ def test_mistakes_are_told_with_what_would_be_right(name, overrides, message):
 def test_a_number_of_classes_that_is_none_is_told(num_classes):
     with pytest.raises(UserError, match='num_classes is a number above 0 or None'):
         build_model('CNN', num_classes)
+
+
+def test_models_of_sequences_are_told_from_those_of_images():
+    check_takes_images(build_model('ViT-B/16', 7))
+    check_takes_images(build_model(f'{__name__}:Fork', 5))
+    message = '^a Transformer takes sequences of tokens, not images; choose a model'
+    with pytest.raises(UserError, match=message):
+        check_takes_images(build_model('Transformer-tiny', 7))
+
+
+def test_any_token_may_be_the_padding():
+    assert build_model('Transformer-tiny', 7, pad_id=0).pad_id == 0
+    with pytest.raises(UserError, match='pad_id of Transformer-tiny is like 0; -1 is'):
+        build_model('Transformer-tiny', 7, pad_id=-1)
 
 
 @pytest.mark.parametrize('name', vit_jax.list_models())

@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.models import build_model, list_models
-from vit_jax.models.variants import decode_variant
+from vit_jax.models.variants import decode_variant, is_sequence_model
 
 # Counted in the public PyTorch models, 1,000 classes.
 PUBLISHED = {
@@ -135,6 +135,30 @@ def global_params(stage, index, width):
 STEM = 3 * 64 * (2 + 4) + (4 + 4 + 4) * 8
 
 
+def transformer_params(width, depth, mlp_dim, vocabulary):
+    """Of an encoder and a decoder as deep, one table for all embeddings.
+
+    Counted from the paper's equations: two maps and two biases an MLP, a gain and a
+    shift a norm. Its maps of queries, keys, values and heads have no biases; ours have,
+    as those of the authors' later code and of PyTorch.
+    """
+    attention = 4 * (width * width + width)
+    mlp = width * mlp_dim + mlp_dim + mlp_dim * width + width
+    norm = 2 * width
+    encoder = depth * (attention + mlp + 2 * norm)
+    decoder = depth * (2 * attention + mlp + 3 * norm)
+    return vocabulary * width + encoder + decoder
+
+
+# Of 37,000 pieces of words, as in the paper's section 5.1.
+PIECES = 37_000
+SEQUENCE = {
+    'Transformer-tiny': transformer_params(128, 4, 256, PIECES),
+    'Transformer-base': transformer_params(512, 6, 2048, PIECES),
+    'Transformer-big': transformer_params(1024, 6, 4096, PIECES),
+}
+
+
 # Not counted elsewhere: by the formula, which the published ones bear out below.
 COUNTS = {
     **PUBLISHED,
@@ -204,7 +228,11 @@ def test_rounded_counts_are_those_of_the_papers(name, millions):
 
 
 def test_every_model_has_a_count():
-    assert sorted(COUNTS) == sorted(list_models()), 'add the new model to COUNTS'
+    counted = COUNTS | SEQUENCE
+    assert sorted(counted) == sorted(list_models()), (
+        'add the new model to COUNTS, or to SEQUENCE'
+    )
+    assert set(filter(is_sequence_model, list_models())) == set(SEQUENCE)
 
 
 def count(name, num_classes):
@@ -222,6 +250,33 @@ def test_parameter_count(name):
 @pytest.mark.parametrize('name', BACKBONES)
 def test_parameter_count_of_backbones(name):
     assert count(name, num_classes=None) == BACKBONES[name]
+
+
+@pytest.mark.parametrize('name', SEQUENCE)
+def test_parameter_count_of_sequence_models(name):
+    model = build_model(name, num_classes=PIECES)
+    source, target = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (5, 7))
+    params = reference.init_shapes(model, source, target)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == SEQUENCE[name]
+
+
+@pytest.mark.parametrize(
+    ('name', 'num_heads', 'dropout_rate', 'millions'),
+    [
+        ('Transformer-tiny', 4, 0.3, 6),
+        ('Transformer-base', 8, 0.1, 63),  # the paper's table says 65
+        ('Transformer-big', 16, 0.3, 214),  # 213
+    ],
+)
+def test_transformers_are_those_of_the_papers(name, num_heads, dropout_rate, millions):
+    assert round(SEQUENCE[name] / 1e6) == millions
+    model = build_model(name, PIECES)
+    assert (model.num_heads, model.dropout_rate) == (num_heads, dropout_rate)
+    assert (model.norm_first, model.posemb, model.activation) == (
+        False,
+        'sincos1d',
+        'relu',
+    )
 
 
 # Heads leave no trace in the counts: the papers' tables.
@@ -303,6 +358,7 @@ def test_any_patch_size_is_a_variant(patch):
         ),
         ('DeiT-B/8-distill', "did you mean 'DeiT-B/16-distilled'"),
         ('DINOv2-B/14-', "did you mean 'DINOv2-B/14'"),
+        ('Transformer-bass', "did you mean 'Transformer-base'"),
         ('DINOv2-g/14', "unknown size of DINOv2 'g'; choose one of: B, L, S"),
     ],
 )

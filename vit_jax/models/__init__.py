@@ -10,11 +10,14 @@ from flax.core import FrozenDict
 
 from vit_jax.errors import UserError, unknown
 from vit_jax.forks import import_path, is_path
-from vit_jax.models.variants import decode_variant, list_variants
+from vit_jax.models.variants import SEQUENCE, decode_variant, list_variants
 
 
 def list_models() -> list[str]:
-    """The names `build_model` knows; other patch sizes work too ('ViT-B/8')."""
+    """The names `build_model` knows; other patch sizes work too ('ViT-B/8').
+
+    Some are of models of sequences, see `variants.is_sequence_model`.
+    """
     return list_variants()
 
 
@@ -24,12 +27,14 @@ def build_model(name: str, num_classes: int | None, **overrides: Any) -> nn.Modu
     Args:
       name: such as 'ConViT-S/16' (see `list_models`), or the path of a callable of
         a fork, 'my_fork.models:MyNet', called with `num_classes` and `overrides`.
-      num_classes: size of the logits; None for a model that returns features.
+      num_classes: size of the logits, of a model of sequences the vocabulary's; None
+        for a model of images that returns features.
       **overrides: fields of the module. A string 'package.module:name' stands for
         the object of that name, so a config can name a fork's layer.
 
     Returns:
-      An unbound Flax module, for `init` and `apply` on `[B, h, w, channels]`.
+      An unbound Flax module, for `init` and `apply` on `[B, h, w, channels]`; one of
+      sequences, on source `[B, S]` and target `[B, T]`.
 
     Raises:
       UserError: for an unknown name or field; offers the nearest.
@@ -60,6 +65,15 @@ def build_model(name: str, num_classes: int | None, **overrides: Any) -> nn.Modu
     return made
 
 
+def check_takes_images(model: nn.Module) -> None:
+    """Raises UserError for a model of sequences, such as a Transformer."""
+    if type(model) in {made for made, _ in SEQUENCE.values()}:
+        raise UserError(
+            f'a {type(model).__name__} takes sequences of tokens, not images; choose a '
+            'model of images, such as ViT-S/16'
+        )
+
+
 def _check_fields(name: str, model: Any, overrides: dict[str, Any]) -> None:
     """Raises UserError for a field that does not exist, or a value unlike it."""
     known = {f.name: f for f in dataclasses.fields(model)}
@@ -85,7 +99,8 @@ def _suits(field: dataclasses.Field, value: Any) -> bool:
     if isinstance(default, int):
         if field.name == 'patch_size' and isinstance(value, tuple):
             return _is_count(1, *value)
-        lowest = int(field.name not in ('num_local_layers', 'num_registers'))
+        from_zero = ('num_local_layers', 'num_registers', 'pad_id')
+        lowest = int(field.name not in from_zero)
         return _is_count(lowest, value)
     if isinstance(default, float):
         return isinstance(value, float | int)

@@ -12,6 +12,7 @@ from vit_jax.models.cnn import CNN
 from vit_jax.models.convit import ConViT
 from vit_jax.models.mlp import MLP
 from vit_jax.models.resnet import RESNETS, ResNet
+from vit_jax.models.transformer import Transformer
 from vit_jax.models.vit import ViT
 
 
@@ -80,6 +81,43 @@ FAMILIES = {
 # Models without variants.
 SINGLE = {'CNN': CNN, 'MLP': MLP}
 
+# Models of sequences: called on the tokens of a source and a target, not on images.
+# Name -> (module, fields).
+SEQUENCE: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    # For small corpora: arXiv 2105.14462.
+    'Transformer-tiny': (
+        Transformer,
+        {
+            'width': 128,
+            'depth': 4,
+            'mlp_dim': 256,
+            'num_heads': 4,
+            'dropout_rate': 0.3,
+        },
+    ),
+    # arXiv 1706.03762, table 3.
+    'Transformer-base': (
+        Transformer,
+        {
+            'width': 512,
+            'depth': 6,
+            'mlp_dim': 2048,
+            'num_heads': 8,
+            'dropout_rate': 0.1,
+        },
+    ),
+    'Transformer-big': (
+        Transformer,
+        {
+            'width': 1024,
+            'depth': 6,
+            'mlp_dim': 4096,
+            'num_heads': 16,
+            'dropout_rate': 0.3,
+        },
+    ),
+}
+
 # (size of the ViT, stages of the trunk, pixels that a token stands for). The number in
 # the name is the last one, but for R+ViT-Ti/16: its root alone has a stride of 4, and
 # its public weights have patches of 8 on top. arXiv 2106.10270, table 2; R50 from
@@ -103,7 +141,16 @@ def list_variants() -> list[str]:
         for option in ('', *family.options)
         for variant in family.patches
     ]
-    return [*names, *HYBRIDS, *RESNETS, *SINGLE]
+    return [*names, *HYBRIDS, *RESNETS, *SINGLE, *SEQUENCE]
+
+
+def is_sequence_model(name: str) -> bool:
+    """Whether the model of that name takes the tokens of a source and a target.
+
+    >>> is_sequence_model('Transformer-base'), is_sequence_model('ViT-B/16')
+    (True, False)
+    """
+    return name in SEQUENCE
 
 
 def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
@@ -120,6 +167,9 @@ def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]
     """
     if name in SINGLE:
         return SINGLE[name], {}
+    if name in SEQUENCE:
+        model, fields = SEQUENCE[name]
+        return model, dict(fields)
     if name in RESNETS:
         return ResNet, dict(RESNETS[name])
     if name in HYBRIDS:

@@ -16,6 +16,7 @@ from vit_jax.errors import unknown
 from vit_jax.image_data import ImageData
 from vit_jax.losses import cross_entropy, smooth_labels
 from vit_jax.metrics import classification_metrics
+from vit_jax.models import check_takes_images
 from vit_jax.state import TrainState
 from vit_jax.typing import Array, Batch, Metrics, PRNGKey, Shape, Variables
 from vit_jax.update import Updates, accumulate, apply_gradients
@@ -84,7 +85,11 @@ def init_state(
       rng: key of the initialisation.
       image_shape: (height, width, channels).
       settings: see `Settings`.
+
+    Raises:
+      UserError: for a model of sequences.
     """
+    check_takes_images(model)
     variables = model.init({'params': rng}, jnp.zeros((1, *image_shape)), train=False)
     average = None
     if settings.updates.ema_decay is not None:
