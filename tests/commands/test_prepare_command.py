@@ -148,10 +148,11 @@ def test_digits(run, tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec('tensorflow') is not None, reason='TensorFlow is there'
 )
-def test_tensorflow_is_asked_for_where_tfds_needs_it(fails, tmp_path):
-    error = fails('prepare', 'cifar10', f'--data_dir={tmp_path}', late=True)
+@pytest.mark.parametrize('name', ['cifar10', 'wmt14_translate/de-en'])
+def test_tensorflow_is_asked_for_where_tfds_needs_it(name, fails, tmp_path):
+    error = fails('prepare', name, f'--data_dir={tmp_path}', late=True)
     assert error == (
-        'TFDS needs TensorFlow to prepare cifar10, this once: install the extra, pip '
+        f'TFDS needs TensorFlow to prepare {name}, this once: install the extra, pip '
         "install 'vit_jax[prepare]'"
     )
 

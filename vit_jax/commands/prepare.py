@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vit_jax.commands import options
 from vit_jax.errors import UserError, reason
@@ -127,11 +127,17 @@ def _build(args: argparse.Namespace) -> None:
     from vit_jax.data.prepare import find_free
     from vit_jax.data.prepared import is_prepared
     from vit_jax.data.progress import size
+    from vit_jax.data.text import load_text
+    from vit_jax.data.tfds_builder import find_builder
 
     if args.dataset == 'digits' and args.dry_run:
         return print('digits: 1,797 images of scikit-learn, less than 1 MB')
-    dataset = load_dataset(args.dataset, args.data_dir)  # which prepares digits itself
-    folder = pathlib.Path(dataset.location)
+    load: Callable = load_dataset  # which prepares digits itself
+    if args.dataset != 'digits':
+        builder = find_builder(args.dataset, args.data_dir)
+        if isinstance(builder.info.features, tfds.features.Translation):
+            load = load_text
+    folder = pathlib.Path(load(args.dataset, args.data_dir).location)
     if is_prepared(folder):
         return _tell(args, folder)
     builder = tfds.builder(
