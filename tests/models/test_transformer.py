@@ -200,8 +200,11 @@ def test_init_makes_an_empty_cache():
 @pytest.mark.parametrize('posemb', ['sincos1d', 'learned', 'none'])
 def test_embeddings_are_scaled_and_get_positions(posemb):
     """Without blocks the logits are products of the target's tokens with the table."""
-    model, params, source, target = make(posemb=posemb, depth=0)
-    table = np.float64(params['target_embed']['embedding'])
+    model, params, source, target = make(posemb=posemb, depth=0, share_embeddings=False)
+    table, source_table = (
+        np.float64(params[f'{name}_embed']['embedding'])
+        for name in ('target', 'source')
+    )
     positions = np.zeros((L, D))
     if posemb == 'sincos1d':
         positions = sincos(np.arange(L), D)
@@ -215,7 +218,7 @@ def test_embeddings_are_scaled_and_get_positions(posemb):
     encoded = model.apply({'params': params}, source, method='encode')
     if posemb == 'learned':
         positions = np.float64(params['source_posemb']['table']['grid'])
-    reference.assert_close(encoded, table[source] * np.sqrt(D) + positions[:S])
+    reference.assert_close(encoded, source_table[source] * np.sqrt(D) + positions[:S])
 
 
 def test_only_learned_positions_end():
