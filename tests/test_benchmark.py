@@ -161,8 +161,8 @@ def test_a_run_is_measured(values):
     for pace in (measured.batch, measured.data):
         low, high = pace.quartiles
         assert 0 < low <= pace.step_seconds <= high
-        assert pace.images_per_second == pytest.approx(16 / pace.step_seconds)
-        assert pace.images_per_second_per_device * 8 == pace.images_per_second
+        assert pace.per_second == pytest.approx(16 / pace.step_seconds)
+        assert pace.per_second_per_device * 8 == pace.per_second
         assert 0 <= pace.data_wait < 1
         assert pace.flops_utilisation is None  # of a CPU
 
@@ -183,7 +183,7 @@ def test_utilisation_is_of_what_the_model_needs(monkeypatch):
     pace = measure_training(run, steps=1).batch
     macs = count(run.model, (6, 6, 3))[1]
     assert macs == 3 * 3 * 3 * 3 * 3 * 8 + 8 * 7
-    expected = 6 * macs * pace.images_per_second / 8e9
+    expected = 6 * macs * pace.per_second / 8e9
     assert pace.flops_utilisation == pytest.approx(expected)
     assert not math.isclose(expected, 0.0)
     assert np.isfinite(expected)

@@ -128,7 +128,7 @@ def make_state(settings, name, teacher_seed=2):
         model=make_model(name),
         tx=optax.sgd(1.0),
         rng=jax.random.key(0),
-        image_shape=(SIZE, SIZE, CHANNELS),
+        inputs=(jax.ShapeDtypeStruct((1, SIZE, SIZE, CHANNELS), np.float32),),
         settings=settings,
     )
     shapes = jax.eval_shape(init)

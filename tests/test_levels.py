@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
     'typing config errors axes sharding forks hardware cluster',
     'layers data losses metrics averaging writer param_groups optim state',
-    'models checkpoint stored workdir pretrained modules parallel image_data decode',
+    'models checkpoint stored workdir pretrained modules parallel decode task_data '
+    'image_data translation text_data',
     'update tasks feed',
     'build',
     'train evaluate export benchmark maps pictures report summary sweep interrupt '

@@ -105,7 +105,7 @@ def train(model, draw, num_steps, seed=0, batch_size=64):
         model=model,
         tx=tx,
         rng=key,
-        image_shape=signal.shape[1:],
+        inputs=(jax.ShapeDtypeStruct((1, *signal.shape[1:]), np.float32),),
         settings=settings,
     )
     step = jax.jit(

@@ -74,8 +74,8 @@ class Pace(NamedTuple):
       step_seconds: median.
       quartiles: a quarter of the steps took less than the first, or more than the
         second.
-      images_per_second: at the median, over all devices.
-      images_per_second_per_device: a device's share of them.
+      per_second: images or tokens at the median, over all devices.
+      per_second_per_device: a device's share of them.
       data_wait: share of the time in which devices waited for data, as in the log of
         a run.
       flops_utilisation: share of the devices' peak that the model needs at the median;
@@ -84,8 +84,8 @@ class Pace(NamedTuple):
 
     step_seconds: float
     quartiles: tuple[float, float]
-    images_per_second: float
-    images_per_second_per_device: float
+    per_second: float
+    per_second_per_device: float
     data_wait: float
     flops_utilisation: float | None
 
@@ -145,13 +145,17 @@ def measure_training(run: Run, steps: int = 20, data: bool = False) -> Training:
 def make_batch(run: Run) -> Batch:
     """Noise and labels in the shape of a batch: this process's rows of it."""
     rng = np.random.default_rng(0)
-    rows = run.batch_size // jax.process_count()
-    image_shape = (rows, *run.batch_shape['image'].shape[1:])
-    return {
-        'image': rng.integers(0, 256, image_shape, np.uint8),
-        'label': rng.integers(0, len(run.dataset.class_names), rows, np.int32),
-        'weight': np.ones(rows, np.float32),
-    }
+    num_classes = run.metadata['model']['num_classes']
+
+    def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
+        shape = (x.shape[0] // jax.process_count(), *x.shape[1:])
+        if x.dtype == np.uint8:  # pixels
+            return rng.integers(0, 256, shape, np.uint8)
+        if x.dtype == np.int32:  # labels, tokens
+            return rng.integers(0, num_classes, shape, np.int32)
+        return np.ones(shape, x.dtype)  # weights
+
+    return {key: draw(x) for key, x in run.batch_shape.items()}
 
 
 def time_steps(
@@ -196,14 +200,17 @@ def _compile(run: Run, function: Callable, state: Any, batch: Any) -> Any:
 
 def _pace(run: Run, seconds: np.ndarray, clock: Clock) -> Pace:
     low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
-    images_per_second = run.batch_size / median
+    rates = clock.rates()
+    # Of a step: images of the batch, or the tokens that batches have on average.
+    counted = rates[f'{run.units.losses}_per_second'] * rates['step_seconds']
+    per_second = counted / median
     return Pace(
         step_seconds=median,
         quartiles=(low, high),
-        images_per_second=images_per_second,
-        images_per_second_per_device=images_per_second / len(run.parallel.devices),
-        data_wait=clock.rates()['data_wait'],
-        flops_utilisation=clock.utilisation(images_per_second),
+        per_second=per_second,
+        per_second_per_device=per_second / len(run.parallel.devices),
+        data_wait=rates['data_wait'],
+        flops_utilisation=clock.utilisation(per_second),
     )
 
 

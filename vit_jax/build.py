@@ -11,25 +11,26 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from vit_jax.config import ConfigReader, check_ranges, check_unread
-from vit_jax.data.datasets import Dataset
 from vit_jax.data.resident import scan_steps
+from vit_jax.data.vocabulary import Vocabulary
 from vit_jax.data.watch import Watch
 from vit_jax.errors import UserError, unknown
 from vit_jax.feed import feed_from_device, feed_from_host
-from vit_jax.image_data import count_steps, make_image_data
+from vit_jax.image_data import make_image_data
+from vit_jax.models import check_takes_images
 from vit_jax.modules import make_model
 from vit_jax.optim import DECAYING, make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
 from vit_jax.pretrained import Report, load_variables
 from vit_jax.pretrained.published import model_facts
 from vit_jax.state import TrainState
+from vit_jax.task_data import IMAGES, Score, Source, TaskData, Units, count_steps
 from vit_jax.tasks import get_task
-from vit_jax.typing import Batch, Metrics, PRNGKey, Shape, Variables
+from vit_jax.typing import Batch, Inputs, Metrics, PRNGKey, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +83,18 @@ class Run:
       train_steps: (state, feed) -> (state, metrics): what is compiled, which makes one
         step, or several where the data is on the device.
       eval_step: (variables, batch) -> metrics; pure.
-      train_data: examples seen before -> endless host batches, this process's rows.
-      feed: (steps made, examples seen before) -> what `train_steps` is given.
+      train_data: position -> endless host batches, this process's rows.
+      feed: (steps made, position) -> what `train_steps` is given.
+      position_per_step, seen, units, inputs, vocabulary: see `TaskData`.
+      score: further metrics of an evaluation, or None.
       eval_data: () -> host batches, every example of the split once.
-      probe_data: the same of the examples to train on, not augmented.
+      probe_data: the same of the examples to train on, not augmented; or None.
       schedule: step -> learning rate.
       parallel: how steps run on the devices.
       state_shape: shapes and dtypes of the TrainState.
       batch_shape: shapes and dtypes of a global batch.
       num_steps: updates in all.
-      batch_size: images per step, over all devices.
+      batch_size: rows of it, over all devices.
       periods: how often there is a log line, an evaluation, a checkpoint.
       keep, keep_best, average: newest checkpoints that are kept; the metric by which
         the best is, or None; how many are averaged at the end, 0 for none.
@@ -102,7 +105,7 @@ class Run:
     """
 
     model: nn.Module
-    dataset: Dataset
+    dataset: Source
     init: Callable[[], TrainState]
     load: Callable[..., tuple[Variables, Report]] | None
     load_teacher: Callable[..., Variables] | None
@@ -112,7 +115,13 @@ class Run:
     train_data: Callable[[int], Watch]
     feed: Callable[[int, int], Generator[Batch]]
     eval_data: Callable[[], Watch]
-    probe_data: Callable[[], Watch]
+    probe_data: Callable[[], Watch] | None
+    position_per_step: int
+    seen: Callable[[int], dict[str, float]]
+    units: Units
+    inputs: Inputs
+    score: Score | None
+    vocabulary: Vocabulary | None
     schedule: optax.Schedule
     parallel: Parallel
     state_shape: TrainState
@@ -144,14 +153,15 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
     _check_json(config)
     mesh = (c.parallel.data, c.parallel.fsdp, c.parallel.tensor)
     parallel = make_parallel(c.parallel.mode, *mesh, c.accum_steps)
-    parallel.check_batch_size(c.batch_size, 'config.batch_size', c.accum_steps)
-    images = make_image_data(c, parallel)
-    num_classes = len(images.dataset.class_names)
+    task = get_task(c.task)
+    data: TaskData = getattr(task, 'make_data', make_image_data)(c, parallel)
     model = make_model(
-        c.model.name, num_classes, c.dtype, c.model.kwargs, c.parallel.remat
+        c.model.name, data.num_classes, c.dtype, c.model.kwargs, c.parallel.remat
     )
+    if data.units == IMAGES:
+        check_takes_images(model)
     init_rng, step_rng = jax.random.split(jax.random.key(c.seed))
-    num_steps = count_steps(c, images.dataset)
+    num_steps = count_steps(c, data.dataset)
     schedule = make_schedule(
         c.optim.schedule,
         c.optim.learning_rate,
@@ -171,17 +181,16 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
         layer_decay=c.optim.layer_decay,
         rules=c.optim.rules,
         freeze=c.optim.freeze,
-        params=_param_shapes(c, model, images.image_shape),
+        params=_param_shapes(c, model, data.inputs),
     )
 
-    task = get_task(c.task)
-    settings = task.make_settings(c, images)
+    settings = task.make_settings(c, data)
     init = partial(
         task.init_state,
         model=model,
         tx=tx,
         rng=init_rng,
-        image_shape=images.image_shape,
+        inputs=data.inputs,
         settings=settings,
     )
     train_step = partial(
@@ -191,41 +200,50 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
     periods = _periods(c, parallel)
     train_steps: Callable = train_step
     feed: Callable
-    if images.make_batch is None:
-        feed = partial(feed_from_host, train_data=images.train_data, parallel=parallel)
+    if data.make_batch is None:
+        feed = partial(feed_from_host, train_data=data.train_data, parallel=parallel)
     else:
-        train_steps = scan_steps(train_step, images.make_batch, parallel.rows)
+        train_steps = scan_steps(train_step, data.make_batch, parallel.rows)
         feed = partial(
             feed_from_device,
-            load=images.load,
-            make_batch=images.make_batch,
+            load=data.load,
+            make_batch=data.make_batch,
             calls=partial(periods.calls, num_steps=num_steps),
             parallel=parallel,
             timeout_seconds=c.dataset.timeout_seconds,
         )
+    score = None
+    if hasattr(task, 'make_score'):
+        score = task.make_score(c, data, model, parallel)
     load_teacher = None
     if hasattr(task, 'load_teacher'):
         load_teacher = partial(task.load_teacher, settings=settings)
 
     run = Run(
         model=model,
-        dataset=images.dataset,
+        dataset=data.dataset,
         init=init,
-        load=_load(c, model, images.image_shape, init_rng),
+        load=_load(c, model, data.inputs, init_rng),
         load_teacher=load_teacher,
         train_step=train_step,
         train_steps=train_steps,
         eval_step=eval_step,
-        train_data=images.train_data,
+        train_data=data.train_data,
         feed=feed,
-        eval_data=images.eval_data,
-        probe_data=images.probe_data,
+        eval_data=data.eval_data,
+        probe_data=data.probe_data,
+        position_per_step=data.position_per_step,
+        seen=data.seen,
+        units=data.units,
+        inputs=data.inputs,
+        score=score,
+        vocabulary=data.vocabulary,
         schedule=schedule,
         parallel=parallel,
         state_shape=jax.eval_shape(init),  # a model that does not fit fails here
-        batch_shape=images.batch_shape,
+        batch_shape=data.batch_shape,
         num_steps=num_steps,
-        batch_size=c.batch_size,
+        batch_size=jax.tree.leaves(data.batch_shape)[0].shape[0],
         periods=periods,
         keep=c.checkpoint.keep,
         keep_best=c.checkpoint.keep_best,
@@ -236,11 +254,11 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
             'model': {
                 'name': c.model.name,
                 'kwargs': c.model.kwargs,
-                'num_classes': num_classes,
+                'num_classes': data.num_classes,
                 'dtype': c.dtype,
-                **model_facts(model, images.image_shape[:2]),
+                **model_facts(model, data.inputs[0].shape[1:3]),
             },
-            **images.facts,
+            **data.facts,
             **(task.facts(settings) if hasattr(task, 'facts') else {}),
             'config': config.copy_and_resolve_references().to_dict(),
         },
@@ -261,13 +279,12 @@ def _check_json(config: ConfigDict) -> None:
         ) from error
 
 
-def _param_shapes(c: ConfigReader, model: nn.Module, image_shape: Shape) -> Any:
+def _param_shapes(c: ConfigReader, model: nn.Module, inputs: Inputs) -> Any:
     """Shapes of the parameters, where the optimizer tells them apart; else None."""
     if not (c.optim.rules or c.optim.freeze) and c.optim.layer_decay == 1.0:
         return None
-    image = jnp.zeros((1, *image_shape))
     init = partial(model.init, train=False)
-    return jax.eval_shape(init, {'params': jax.random.key(0)}, image)['params']
+    return jax.eval_shape(init, {'params': jax.random.key(0)}, *inputs)['params']
 
 
 def _periods(c: ConfigReader, parallel: Parallel) -> Periods:
@@ -306,6 +323,7 @@ def _check_checkpoints(run: Run) -> None:
     if run.keep_best is not None:
         variables = run.state_shape.variables
         names = list(jax.eval_shape(run.eval_step, variables, run.batch_shape))
+        names += run.score.names if run.score else ()
         if run.state_shape.average is not None:
             names += [f'ema_{name}' for name in names]
         if run.keep_best not in names:
@@ -329,7 +347,7 @@ def _check_checkpoints(run: Run) -> None:
 
 
 def _load(
-    c: ConfigReader, model: nn.Module, image_shape: tuple[int, int, int], rng: PRNGKey
+    c: ConfigReader, model: nn.Module, inputs: Inputs, rng: PRNGKey
 ) -> Callable[..., tuple[Variables, Report]] | None:
     if c.init.weights is None:
         return None
@@ -337,8 +355,7 @@ def _load(
         load_variables,
         c.init.weights,
         model,
-        image_shape[:2],
-        channels=image_shape[2],
+        inputs,
         new_head=c.init.new_head,
         rng=rng,  # as in `init`: a new head is the one that a fresh model has
     )

@@ -23,7 +23,8 @@ def default_config(task: str = 'classify') -> ConfigDict:
     """Every key with its default.
 
     Args:
-      task: 'classify', 'distill', or a fork's module, 'my_fork.my_task'.
+      task: 'classify', 'distill', 'translate', or a fork's module,
+        'my_fork.my_task'.
     """
     config = ConfigDict()
     config.seed = 0  # of parameters, data order, augmentation, dropout
@@ -141,6 +142,19 @@ def default_config(task: str = 'classify') -> ConfigDict:
         config.distill.kind = 'hard'  # its most likely class; or 'soft', probabilities
         config.distill.weight = 0.5  # of the teacher's part of the loss
         config.distill.temperature = 1.0  # of both, for 'soft'
+    if task == 'translate':
+        config.text = ConfigDict()
+        config.text.vocab_size = 8000  # tokens, of both languages together
+        config.text.tokenizer = 'unigram'  # of SentencePiece; or 'bpe', 'char'
+        # Pairs of sentences are padded to the first of these lengths, in tokens, that
+        # holds both; what is longer is not trained on, and cut in evaluation.
+        config.text.buckets = (16, 32, 64, 128)
+        # Of each side, padding included, in a batch over all devices.
+        config.text.tokens_per_batch = 4096
+        config.text.score = 'bleu'  # of decoded sentences; or 'exact_match', 'none'
+        config.text.beam = 1  # hypotheses that decoding keeps; 1: greedy
+        config.text.length_penalty = 0.6  # of beam search
+        config.text.extra_length = 50  # tokens that a translation may have more
     return config.lock()
 
 
@@ -158,6 +172,10 @@ RESUMABLE = (
     'parallel.heartbeat_seconds',
     'eval.every_steps',
     'eval.batch_size',
+    'text.score',
+    'text.beam',
+    'text.length_penalty',
+    'text.extra_length',
     'checkpoint.every_steps',
     'checkpoint.keep',
     'checkpoint.keep_best',
@@ -237,6 +255,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             'parallel.fsdp',
             'parallel.tensor',
             'parallel.heartbeat_seconds',
+            'text.vocab_size',
+            'text.tokens_per_batch',
+            'text.beam',
         ),
     ),
     (
@@ -252,6 +273,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             'augment.mixup',
             'augment.cutmix',
             'checkpoint.average',
+            'text.length_penalty',
+            'text.extra_length',
         ),
     ),
     (
@@ -283,8 +306,9 @@ def check_ranges(config: ConfigDict) -> None:
     values = dict(flatten(config))
     for words, holds, keys in _RANGES:
         for key in keys:
-            if values[key] is not None and not holds(values[key]):
-                raise UserError(f'config.{key} must be {words}, not {values[key]}')
+            value = values.get(key)  # not every task has it
+            if value is not None and not holds(value):
+                raise UserError(f'config.{key} must be {words}, not {value}')
 
 
 def check_unread(

@@ -36,9 +36,13 @@ def evaluate_all(
         for batch in run.parallel.prefetch(data):
             batches.append([eval_step(variables, batch) for variables in models])
             jax.block_until_ready(batches[-3:-2])  # two ahead, as in training
-    return [_summarize(pairs) for pairs in zip(*jax.device_get(batches))]
+    results = [_summarize(pairs) for pairs in zip(*jax.device_get(batches))]
+    if run.score is not None:
+        for result, variables in zip(results, models):
+            result |= run.score(variables, result)
+    return results
 
 
 def _summarize(batches: Sequence[Metrics]) -> dict[str, float]:
-    examples = sum(float(batch['loss'][1]) for batch in batches)
-    return {**metrics.mean(batches), 'examples': round(examples)}
+    counted = sum(float(batch.get('examples', batch['loss'])[1]) for batch in batches)
+    return {**metrics.mean(batches), 'examples': round(counted)}

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vit_jax.config import ConfigReader
 from vit_jax.data.augment import BatchAugment
@@ -27,6 +26,7 @@ from vit_jax.data.watch import Watch
 from vit_jax.errors import UserError, unknown
 from vit_jax.parallel import Parallel
 from vit_jax.pretrained.zoo import HALF, IMAGENET
+from vit_jax.task_data import IMAGES, TaskData
 
 PLACEMENTS = ('host', 'device')
 
@@ -37,36 +37,25 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageData:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageData(TaskData):
     """The images of a run; no example has been read.
 
+    The position in the data is the number of examples seen.
+
     Attributes:
-      dataset: what is known of the data.
+      dataset: what is known of the images.
       image_shape: (height, width, channels), as the model sees them.
-      train_data: examples seen before -> endless host batches, this process's rows.
-      load: memory= -> all examples to train on, decoded.
-      make_batch: the same batches, from examples on the device; None for 'host'.
-      eval_data: () -> host batches, every example of the split once.
-      probe_data: the same of the examples to train on, not augmented.
-      batch_shape: shapes and dtypes of a global batch.
       mean, std: of the pixels, in [0, 1], one per channel or one for all.
       augment: what is done to whole batches, on the device.
-      facts: for the metadata of a checkpoint.
+      The others are those of `TaskData`.
     """
 
     dataset: Dataset
     image_shape: tuple[int, int, int]
-    train_data: Callable[[int], Watch]
-    load: Callable[..., dict[str, np.ndarray]]
-    make_batch: MakeBatch | None
-    eval_data: Callable[[], Watch]
-    probe_data: Callable[[], Watch]
-    batch_shape: dict[str, jax.ShapeDtypeStruct]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: BatchAugment
-    facts: dict[str, Any]
 
 
 def make_image_data(c: ConfigReader, parallel: Parallel) -> ImageData:
@@ -75,6 +64,7 @@ def make_image_data(c: ConfigReader, parallel: Parallel) -> ImageData:
     Raises:
       UserError: for values that do not fit each other, or data that is not there.
     """
+    parallel.check_batch_size(c.batch_size, 'config.batch_size', c.accum_steps)
     name = c.dataset.name
     # Read only where it counts, so that setting it elsewhere is an error.
     elsewhere = name.partition(':')[0] in ('folder', 'synthetic')
@@ -90,10 +80,21 @@ def make_image_data(c: ConfigReader, parallel: Parallel) -> ImageData:
         return subsample(dataset.open(split), fraction, seed)
 
     eval_data, probe_data = _eval_data(c, dataset, open_train, image_shape, parallel)
+    count = dataset.splits.get(split)
+
+    def seen(position: int) -> dict[str, float]:
+        epoch = {'epoch': position / count} if count else {}
+        return {'examples_seen': position, **epoch}  # repeats of an image count each
+
     return ImageData(
         dataset=dataset,
+        num_classes=len(dataset.class_names),
         image_shape=image_shape,
+        inputs=(jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),),
+        units=IMAGES,
         train_data=_train_data(c, open_train, transform),
+        position_per_step=c.batch_size,
+        seen=seen,
         load=lambda memory: load(open_train(), transform, memory),
         make_batch=_make_batch(c, parallel, dataset, open_train),
         eval_data=eval_data,
@@ -110,7 +111,7 @@ def make_image_data(c: ConfigReader, parallel: Parallel) -> ImageData:
             'dataset': dataset.name,
             'eval_split': c.dataset.eval_split or pick_eval_split(dataset),
             'class_names': list(dataset.class_names),
-            'num_train_examples': dataset.splits.get(c.dataset.train_split),
+            'num_train_examples': count,
             'preprocessing': {
                 'image_size': [height, width],
                 'channels': image_shape[2],
@@ -121,28 +122,6 @@ def make_image_data(c: ConfigReader, parallel: Parallel) -> ImageData:
             },
         },
     )
-
-
-def count_steps(c: ConfigReader, dataset: Dataset) -> int:
-    """Steps in all, from one of num_steps and num_epochs.
-
-    Raises:
-      UserError: when both are set or none, or where the size of an epoch is unknown.
-    """
-    num_steps, num_epochs = c.num_steps, c.num_epochs
-    if (num_steps is None) == (num_epochs is None):
-        raise UserError('set one of config.num_steps and config.num_epochs, not both')
-    if num_steps is None:
-        if c.dataset.train_split not in dataset.splits:
-            raise UserError(
-                f'the size of {dataset.name!r} split {c.dataset.train_split!r} is not '
-                'known here; set config.num_steps instead of num_epochs'
-            )
-        examples = num_epochs * dataset.splits[c.dataset.train_split]
-        num_steps = round(examples / c.batch_size)
-    if num_steps <= 0:
-        raise UserError(f'the run has {num_steps} steps; it needs at least one')
-    return num_steps
 
 
 def _image_size(c: ConfigReader, dataset: Dataset) -> tuple[int, int]:

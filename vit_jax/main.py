@@ -12,6 +12,7 @@ COMMANDS = {
     'train': 'train a config in a workdir, or go on where it stopped',
     'evaluate': 'exact metrics of a trained model on a split',
     'predict': 'classes and probabilities of images',
+    'translate': 'lines of text in another language',
     'attend': 'where a model attends in images, as pictures',
     'convert': 'weights from one format to another, bit for bit',
     'export': 'a trained model as a folder that runs on its own',

@@ -180,7 +180,7 @@ class Parallel:
             yield queue.popleft()
             queue.extend(map(self.put, itertools.islice(batches, 1)))
 
-    def describe(self, batch_size: int) -> str:
+    def describe(self, batch_size: int, rows: str = 'images') -> str:
         """The mesh and the arithmetic of the batch, for people."""
         hosts = len({device.process_index for device in self.devices})
         mesh = f'mesh of data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}'
@@ -189,7 +189,7 @@ class Parallel:
             f'{hosts} host(s), {len(self.devices)} {self.devices[0].device_kind} '
             f'device(s), {mesh if self.mode == "jit" else self.mode}\n'
             f'batch of {batch_size} = {self._groups()} x '
-            f'{self.accum_steps} micro-batch(es) x {micro_batch} images'
+            f'{self.accum_steps} micro-batch(es) x {micro_batch} {rows}'
         )
 
 

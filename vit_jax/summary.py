@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from vit_jax.models import check_takes_images
-from vit_jax.typing import Shape
+from vit_jax.typing import Inputs, Shape
 
 OTHER = '(other)'
 SCOPE = 'multiply_adds'
@@ -42,24 +42,24 @@ def count_params(params: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
+def summarize(model: nn.Module, inputs: Shape | Inputs) -> dict[str, Cost]:
     """The cost of each top-level block, in the order of the forward pass.
 
     Args:
-      model: an unbound module, called on images.
-      image_shape: (height, width, channels).
+      model: an unbound module.
+      inputs: what it takes: images of a shape (height, width, channels), or shapes and
+        dtypes of something else.
 
     Returns:
       Name of the block -> Cost; '(other)' for what no block did, where there is such.
 
     Raises:
-      UserError: for a model of sequences.
+      UserError: for images, and a model of sequences.
     """
-    check_takes_images(model)
+    arrays = [jnp.zeros(x.shape, x.dtype) for x in _inputs(model, inputs)]
     model = _same_everywhere(model)
-    image = jnp.zeros((1, *image_shape))
     rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
-    variables = jax.eval_shape(lambda: model.init(rngs, image, train=False))
+    variables = jax.eval_shape(lambda: model.init(rngs, *arrays, train=False))
     params = variables['params']
     others = {
         name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
@@ -67,25 +67,25 @@ def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
         if name != 'params'
     }
 
-    def forward(params, image):
-        return model.apply({'params': params, **others}, image, train=False)
+    def forward(params, *arrays):
+        return model.apply({'params': params, **others}, *arrays, train=False)
 
-    def residuals(params, image):
+    def residuals(params, *arrays):
         """What the backward pass is given: the leaves of the vjp function."""
-        return jax.vjp(forward, params, image)[1]
+        return jax.vjp(forward, params, *arrays)[1]
 
     macs = dict.fromkeys([*params, OTHER], 0)
     order: dict[str, None] = {}  # blocks as the forward pass meets them
-    for block, eqn, times in _equations(jax.make_jaxpr(forward)(params, image).jaxpr):
+    for block, eqn, times in _equations(jax.make_jaxpr(forward)(params, *arrays).jaxpr):
         name = block if block in macs else OTHER
         order[name] = None
         macs[name] += times * _macs(eqn)
 
     saved = dict.fromkeys(macs, 0)
-    jaxpr = jax.make_jaxpr(residuals)(params, image).jaxpr
+    jaxpr = jax.make_jaxpr(residuals)(params, *arrays).jaxpr
     made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     for var in {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}:
-        if var in made_by:  # the others are parameters and the image
+        if var in made_by:  # the others are parameters and inputs
             block = _block(str(made_by[var].source_info.name_stack))
             name = block if block in saved else OTHER
             saved[name] += _aval(var).size * _aval(var).dtype.itemsize
@@ -97,22 +97,20 @@ def summarize(model: nn.Module, image_shape: Shape) -> dict[str, Cost]:
     }
 
 
-def count(model: nn.Module, image_shape: Shape) -> tuple[int, int]:
+def count(model: nn.Module, inputs: Shape | Inputs) -> tuple[int, int]:
     """Parameters and multiply-adds of the whole model: `total` without the memory.
 
     Args:
-      model, image_shape: see `summarize`, also for what is raised.
+      model, inputs: see `summarize`, also for what is raised.
 
     >>> from vit_jax.models import build_model
     >>> count(build_model('DeiT-Ti/16', 1000), (224, 224, 3))
     (5717416, 1253683200)
     """
-    check_takes_images(model)
     # One trace tells both, since initializers have no products.
     init = partial(_same_everywhere(model).init_with_output, train=False)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     trace = jax.make_jaxpr(init, return_shape=True)
-    jaxpr, (_, variables) = trace(jax.random.key(0), image)
+    jaxpr, (_, variables) = trace(jax.random.key(0), *_inputs(model, inputs))
     return count_params(variables['params']), count_macs(jaxpr.jaxpr)
 
 
@@ -124,6 +122,13 @@ def count_macs(jaxpr: core.Jaxpr) -> int:
 def total(costs: Mapping[str, Cost]) -> Cost:
     """The sum of the blocks."""
     return Cost(*map(sum, zip(*costs.values())))
+
+
+def _inputs(model: nn.Module, inputs: Shape | Inputs) -> Inputs:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
+        return inputs  # type: ignore[return-value]
+    check_takes_images(model)
+    return (jax.ShapeDtypeStruct((1, *inputs), jnp.float32),)  # type: ignore[misc]
 
 
 def _same_everywhere(model: nn.Module) -> nn.Module:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import numpy as np
 
 from vit_jax.build import Run
 from vit_jax.hardware import find_hardware
 from vit_jax.summary import count
-from vit_jax.typing import Batch, Metrics
+from vit_jax.typing import Array, Batch, Metrics
 
 MUCH_WAITING = 0.3  # of the time, above which the user is told
 
@@ -32,13 +33,13 @@ class Clock:
     """
 
     def __init__(self, run: Run) -> None:
-        self._batch_size = run.batch_size
+        self._unit = run.units.losses
         self._num_devices = len(run.parallel.devices)
         hardware = find_hardware(run.parallel.devices[0].device_kind)
         self._peak = hardware.flops if hardware else None
         # The forward pass once and the backward pass, which is twice as much; what is
         # computed again for memory's sake is no use (PaLM, arXiv 2204.02311, app. B).
-        self._flops = 3 * 2 * count(run.model, _shape(run))[1] if hardware else None
+        self._flops = 3 * 2 * _macs(run) if hardware else None
         self._watcher = ThreadPoolExecutor(1, 'device')
         self._finished: Future[float] | None = None  # when the last call was
         self.start()
@@ -48,6 +49,7 @@ class Clock:
         self._start = time.perf_counter()
         self._waited = 0.0
         self._steps = 0
+        self._counts: list[Array] = []
 
     def wait_for(self, batches: Iterator[Batch], steps: int = 1) -> Batch:
         """The next batch, of that many steps; counts the time without work for the
@@ -71,27 +73,29 @@ class Clock:
             return time.perf_counter()
 
         self._finished = self._watcher.submit(when_ready)
+        self._counts.append(metrics['loss'][1])
 
     def seconds(self) -> float:
         """Since it counts, without the time that devices waited for data."""
         return time.perf_counter() - self._start - self._waited
 
     def rates(self) -> dict[str, float]:
-        """Seconds per step, images per second, the share of the time in which devices
-        had to wait for data; where they are known, the share of the devices' peak
-        FLOP/s that the model needed, and the most memory that was in use, in GiB.
+        """Seconds per step, images or tokens per second, the share of the time in which
+        devices had to wait for data; where they are known, the share of the devices'
+        peak FLOP/s that the model needed, and the most memory that was in use, in GiB.
         """
         if not self._steps:
             return {}
         seconds = time.perf_counter() - self._start
         step_seconds = seconds / self._steps
-        images_per_second = self._batch_size / step_seconds
+        counts = jax.device_get(self._counts)
+        per_second = sum(float(np.sum(count)) for count in counts) / seconds
         rates = {
             'step_seconds': step_seconds,
-            'images_per_second': images_per_second,
+            f'{self._unit}_per_second': per_second,
             'data_wait': self._waited / seconds,
         }
-        utilisation = self.utilisation(images_per_second)
+        utilisation = self.utilisation(per_second)
         if utilisation is not None:
             rates['flops_utilisation'] = utilisation
         memory = jax.local_devices()[0].memory_stats() or {}
@@ -99,11 +103,11 @@ class Clock:
             rates['memory_gib'] = memory['peak_bytes_in_use'] / 2**30
         return rates
 
-    def utilisation(self, images_per_second: float) -> float | None:
+    def utilisation(self, per_second: float) -> float | None:
         """The share of the devices' peak that the model needs at that pace, or None."""
         if not (self._flops and self._peak):
             return None
-        return self._flops * images_per_second / (self._num_devices * self._peak)
+        return self._flops * per_second / (self._num_devices * self._peak)
 
 
 class Profile:
@@ -167,5 +171,7 @@ def warn_of_cpu() -> str | None:
     return None
 
 
-def _shape(run: Run) -> tuple[int, ...]:
-    return run.batch_shape['image'].shape[1:]
+def _macs(run: Run) -> float:
+    """Multiply-adds of the forward pass, for one image or token."""
+    _, macs = count(run.model, run.inputs)
+    return macs / (run.inputs[-1].shape[1] if run.units.losses == 'tokens' else 1)

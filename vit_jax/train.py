@@ -6,7 +6,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -57,6 +57,8 @@ def train(
         StopSignals() as signals,
         Checkpoints(workdir, run.keep, run.periods.save, run.keep_best) as checkpoints,
     ):
+        if run.vocabulary:
+            run.vocabulary.keep(workdir)
         run.eval_data().close()  # data that is not there is missed now, not at the end
         _check_continues(run, checkpoints)
 
@@ -82,7 +84,7 @@ def train(
         eval_step = run.parallel.eval_step(run.eval_step)
         recent = RecentSteps()
         once: dict[str, float] = {}  # what the first log says beside the others
-        programs: set[int] = set()  # steps of the calls that have been compiled
+        programs: set[Any] = set()  # steps and shapes that have been compiled for
         clock = Clock(run)
         with (
             closing(run.feed(step, position)) as batches,
@@ -94,7 +96,7 @@ def train(
             def log() -> None:
                 values = recent.fetch(step, state.variables['params'])
                 values['learning_rate'] = float(run.schedule(step - 1))
-                values |= _seen(run, position)
+                values |= run.seen(position)
                 rates = clock.rates()
                 writer.write(step, _prefix('train/', values | rates | once))
                 once.clear()
@@ -151,18 +153,21 @@ def train(
                         raise
                     stop(waiting=True)  # perhaps without end
                 state, step_metrics = train_step(state, batch)
-                step, position = end, position + steps * run.batch_size
+                step, position = end, position + steps * run.position_per_step
                 clock.called(step_metrics)
                 recent.add(step_metrics)
                 recent.wait()
                 progress.advance(steps)
                 profile.after(step, state)
-                if steps not in programs:
+                program = steps, *(x.shape for x in jax.tree.leaves(batch))
+                if program not in programs:
                     jax.block_until_ready(step_metrics)
-                    once['compile_seconds'] = seconds = clock.seconds()
-                    if not programs:
+                    seconds = clock.seconds()
+                    once['compile_seconds'] = once.get('compile_seconds', 0) + seconds
+                    programs.add(program)
+                    once['programs'] = len(programs)
+                    if len(programs) == 1:
                         progress.say(f'first step, compiled: {seconds:.1f} s')
-                    programs.add(steps)
                     clock.start()
 
                 last = step == run.num_steps
@@ -213,13 +218,6 @@ def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
         )
 
 
-def _seen(run: Run, position: int) -> dict[str, float]:
-    """Examples, and what they make of an epoch; repeats of an image count each."""
-    count = run.metadata['num_train_examples']
-    epoch = {'epoch': position / count} if count else {}
-    return {'examples_seen': position, **epoch}
-
-
 def _initial_state(run: Run, workdir: pathlib.Path) -> TrainState:
     """A fresh state, with the weights that the run starts from, if any."""
     state = run.parallel.init(run.init)
@@ -228,9 +226,9 @@ def _initial_state(run: Run, workdir: pathlib.Path) -> TrainState:
     variables, report = run.load(sharding=run.parallel.leaf_sharding)
     print(report.summary(), file=sys.stderr)
     theirs = (report.metadata or {}).get('preprocessing', {})
-    ours = json.loads(json.dumps(run.metadata['preprocessing']))
+    ours = json.loads(json.dumps(run.metadata.get('preprocessing', {})))
     for key in ('mean', 'std'):
-        if key in theirs and theirs[key] != ours[key]:
+        if key in theirs and theirs[key] != ours.get(key):
             print(
                 f'warning: the weights saw pixels of {key} {theirs[key]}, this run has '
                 f'{ours[key]}; see config.dataset.normalize',
@@ -331,7 +329,7 @@ def _describe(run: Run, start: int, shardings: TrainState) -> str:
         f'{run.metadata["model"]["name"]}: '
         f'{count_params(state.variables["params"]):,} parameters, '
         f'on {run.dataset.name} ({run.dataset.location})',
-        run.parallel.describe(run.batch_size),
+        run.parallel.describe(run.batch_size, run.units.rows),
         f'GiB per device before activations: {budget}',
         f'steps {start + 1} to {run.num_steps}',
     ]

@@ -20,5 +20,6 @@ Shape = tuple[int, ...]
 Grid = tuple[int, int]  # (rows, columns) of a token grid
 Variables = Mapping[str, Any]  # {'params': ..., other collections: ...}
 Batch = Mapping[str, Any]  # {'image': ..., 'label': ..., 'weight': ...}
+Inputs = tuple[jax.ShapeDtypeStruct, ...]  # what a model takes, for one example
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
 Initializer = Callable[..., Array]

@@ -15,9 +15,13 @@ import optax
 
 from vit_jax.averaging import ema_update
 from vit_jax.axes import batch_mean, batch_sum
+from vit_jax.config import ConfigReader
+from vit_jax.errors import unknown
 from vit_jax.param_groups import map_paths
 from vit_jax.state import TrainState
 from vit_jax.typing import Array, Batch, Metrics, PRNGKey, Variables
+
+NAN_POLICIES = ('stop', 'skip')
 
 # (params, other collections, batch, rng) -> (loss, (metrics, other collections));
 # the loss is the batch's part of the mean over the global batch.
@@ -41,6 +45,18 @@ class Updates:
     freeze: tuple[str, ...] = ()
     ema_decay: float | None = None
     skip_nonfinite: bool = False
+
+
+def make_updates(c: ConfigReader) -> Updates:
+    """Those of a config.
+
+    Raises:
+      UserError: for an unknown `nan_policy`.
+    """
+    if c.nan_policy not in NAN_POLICIES:
+        raise unknown('nan_policy', c.nan_policy, NAN_POLICIES)
+    skip = c.nan_policy == 'skip'
+    return Updates(c.accum_steps, tuple(c.optim.freeze), c.optim.ema_decay, skip)
 
 
 def accumulate(

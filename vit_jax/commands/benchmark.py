@@ -88,25 +88,35 @@ def _train(argv: Sequence[str]) -> None:
     }
     measured = measure_training(run, args.steps, args.data)
     if args.json:
-        options.print_once(json.dumps(about | _to_json(measured), indent=2))
+        options.print_once(
+            json.dumps(about | _to_json(measured, run.units.losses), indent=2)
+        )
         return
     title = f'{config.model.name}, {config.dtype}'
-    table = '\n'.join(_describe(measured))
-    options.print_once(f'{title}, {run.parallel.describe(run.batch_size)}\n{table}')
+    table = '\n'.join(_describe(measured, run.units.losses))
+    options.print_once(
+        f'{title}, {run.parallel.describe(run.batch_size, run.units.rows)}\n{table}'
+    )
 
 
-def _to_json(measured: 'Training') -> dict:
-    paces = {'batch': measured.batch, 'data': measured.data}
-    return measured._asdict() | {
-        name: pace and pace._asdict() for name, pace in paces.items()
-    }
+def _to_json(measured: 'Training', unit: str) -> dict:
+    def named(pace: 'Pace | None') -> dict | None:
+        if pace is None:
+            return None
+        pairs = pace._asdict().items()
+        return {
+            name.replace('per_second', f'{unit}_per_second', 1): x for name, x in pairs
+        }
+
+    paces = {'batch': named(measured.batch), 'data': named(measured.data)}
+    return measured._asdict() | paces
 
 
-def _describe(measured: 'Training') -> Iterator[str]:
+def _describe(measured: 'Training', unit: str) -> Iterator[str]:
     yield f'compiled in {measured.compile_seconds:.1f} s'
     yield f'memory of a device: {measured.memory_bytes / 2**30:.3f} GiB'
     yield (
-        f'{"":16} {"ms/step":>9} {"quartiles":>19} {"images/s":>9} {"a device":>9} '
+        f'{"":16} {"ms/step":>9} {"quartiles":>19} {f"{unit}/s":>9} {"a device":>9} '
         f'{"data wait":>9} {"of peak":>9}'
     )
     yield _row('one batch', measured.batch)
@@ -119,7 +129,7 @@ def _row(name: str, pace: 'Pace') -> str:
     peak = '' if pace.flops_utilisation is None else f'{pace.flops_utilisation:.1%}'
     return (
         f'{name:16} {1000 * pace.step_seconds:9.2f} {f"{low} to {high}":>19} '
-        f'{pace.images_per_second:9,.0f} {pace.images_per_second_per_device:9,.0f} '
+        f'{pace.per_second:9,.0f} {pace.per_second_per_device:9,.0f} '
         f'{pace.data_wait:9.0%} {peak or "not known":>9}'
     )
 

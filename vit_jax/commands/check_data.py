@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_jax.commands import options
+
+if TYPE_CHECKING:  # JAX is imported when it is needed
+    from vit_jax.data.tokenizer import Tokenizer
 
 EPILOG = f"""\
 {options.CONFIG_HELP}
@@ -27,28 +31,36 @@ def main(argv: Sequence[str]) -> None:
     from vit_jax.build import build
 
     run = build(config, named=options.keys(overrides) or None)
-    dataset, names = run.dataset, run.dataset.class_names
+    dataset, names = run.dataset, run.metadata.get('class_names')
     training = run.train_data(0)  # first: raises for data that is not there
     print(f'{dataset.name}: {dataset.location}')
     for split, count in dataset.splits.items():
         print(f'  split {split}: {count:,} examples')
-    print(
-        f'  {len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}'
-    )
+    if names:
+        more = ', ...' * (len(names) > 10)
+        print(f'  {len(names)} classes: {", ".join(names[:10])}{more}')
+    for title, opened in (('training', training), ('evaluation', run.eval_data())):
+        with closing(opened) as batches:
+            batch = next(batches)
+        print(f'first {title} batch:')
+        for key, value in batch.items():
+            print(
+                f'  {key:6} {value.dtype!s:8} {list(value.shape)}  '
+                f'from {value.min():g} to {value.max():g}, mean {value.mean():.4g}'
+            )
+        if run.vocabulary:
+            _show_pair(batch, run.vocabulary.tokenizer)
+        else:
+            _count_classes(batch, names or [])
 
-    with closing(training) as batches:
-        _describe('first training batch', next(batches), names)
-    with closing(run.eval_data()) as batches:
-        _describe('first evaluation batch', next(batches), names)
+
+def _show_pair(batch: dict[str, np.ndarray], tokenizer: 'Tokenizer') -> None:
+    padding = np.mean([(batch[side] == 0).mean() for side in ('source', 'target')])
+    pair = [tokenizer.decode(list(batch[side][:1]))[0] for side in ('source', 'target')]
+    print(f'  {padding:.0%} padding; the first pair: {pair[0]!r} -> {pair[1]!r}')
 
 
-def _describe(title: str, batch: dict[str, np.ndarray], names: Sequence[str]) -> None:
-    print(f'{title}:')
-    for key, value in batch.items():
-        print(
-            f'  {key:6} {value.dtype!s:8} {list(value.shape)}  '
-            f'from {value.min():g} to {value.max():g}, mean {value.mean():.4g}'
-        )
+def _count_classes(batch: dict[str, np.ndarray], names: Sequence[str]) -> None:
     real = batch['label'][batch['weight'] > 0]  # neither padding nor skipped
     counts = np.bincount(real, minlength=len(names))
     most = np.argsort(-counts, kind='stable')[:5]

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         print(
             f'{config.model.name}, {config.dtype}, on {place.name}: {place.chips} chips'
         )
-        print(run.parallel.describe(run.batch_size))
+        print(run.parallel.describe(run.batch_size, run.units.rows))
         print('\n'.join(describe(report)), flush=True)
     largest = None
     if args.max_batch:

@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
     from vit_jax.stored import latest_step
 
     weights, named = args.workdir or args.weights, options.keys(overrides)
+    folder = weights if os.path.exists(weights) else weights.rpartition('@')[0]
     if args.workdir:  # raises where it is none
-        folder = weights if os.path.exists(weights) else weights.rpartition('@')[0]
         latest_step(pathlib.Path(folder or weights))
     source = open_source(weights)
     metadata = source.metadata or {}
@@ -81,16 +81,16 @@ def main(argv: Sequence[str]) -> None:
     # Of a run's own config, what it does not read was no error when it was trained.
     run = build(config, named=named if args.workdir else named or None)
     model = run.model
+    if run.vocabulary:
+        run.vocabulary.load(pathlib.Path(folder))
     if args.probe:  # which are of any classes
         model = headless(model)
     else:
-        check_classes(weights, metadata, run.dataset.class_names)
-    *image_size, channels = run.batch_shape['image'].shape[1:]
+        check_classes(weights, metadata, run.metadata.get('class_names', []))
     variables, report = load_variables(
         source,
         model,
-        tuple(image_size),
-        channels=channels,
+        run.inputs,
         sharding=run.parallel.leaf_sharding,
     )
     if args.weights or report.resized or report.notes:
@@ -99,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
     about = {'dataset': run.dataset.name, 'split': run.metadata['eval_split']}
     if source.step is not None:
         about['step'] = source.step
+    if run.score and run.score.signature:
+        about['signature'] = run.score.signature
     result = _probe(run, variables, args) if args.probe else evaluate(run, variables)
     if jax.process_index() == 0:
         print(json.dumps({**about, **result}))
@@ -148,6 +150,8 @@ def _probe(
     from vit_jax import probes
 
     split = run.metadata['config']['dataset']['train_split']
+    if run.probe_data is None:
+        raise UserError('--probe is for models of images')
     train = probes.extract_features(run, variables, run.probe_data(), split)
     split = run.metadata['eval_split']
     test = probes.extract_features(run, variables, run.eval_data(), split)

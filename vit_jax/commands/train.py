@@ -63,10 +63,13 @@ def main(argv: Sequence[str]) -> None:
 
     run = build(config, named=options.keys(overrides) or None)
     result = train(run, args.workdir, args.allow_changes)
+    next_command = f'predict --weights={args.workdir} IMAGE'
+    if run.vocabulary:
+        next_command = f'translate --weights={args.workdir} FILE'
     options.print_once(
         f'finished at step {run.num_steps}: {format_metrics(result)}\n'
         f'{args.workdir} holds checkpoints/{run.num_steps}, metrics.jsonl and '
-        f'config.json\nnext: vit_jax predict --weights={args.workdir} IMAGE'
+        f'config.json\nnext: vit_jax {next_command}'
     )
 
 

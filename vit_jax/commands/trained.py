@@ -96,6 +96,10 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
     if args.like:
         return read_like(args.like, 'model', 'preprocessing')
     metadata = open_source(args.weights).metadata
+    if metadata is not None and 'text' in metadata:
+        raise UserError(
+            f'{args.weights} is of a model of sentences; `vit_jax translate` runs it'
+        )
     if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
             f'{args.weights} does not say which model it is of; name the published '

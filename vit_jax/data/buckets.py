@@ -75,6 +75,13 @@ def _encode(lines: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndar
     return np.concatenate(chunks), np.cumsum(np.concatenate(sizes))
 
 
+def encode_sources(ids: Sequence[np.ndarray]) -> Encoded:
+    """Sentences to be translated, from the token ids of each: they have no target."""
+    sizes = np.array([0, *(row.size for row in ids)], np.int64)
+    source = np.concatenate([np.zeros(0, np.int32), *ids])
+    return Encoded(source, np.cumsum(sizes), source[:0], np.zeros_like(sizes))
+
+
 @dataclasses.dataclass(frozen=True)
 class Bucket:
     """A shape of batches.

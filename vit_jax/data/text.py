@@ -63,16 +63,18 @@ def load_text(name: str, data_dir: str | None = None) -> TextDataset:
 
     Args:
       name: one of
-        'text:/path?src=en&tgt=de', a folder with `train.en` and `train.de`, or
+        'text:multi30k?src=en&tgt=de', a folder with `train.en` and `train.de`, or
         `train.en.gz`, and so on for other splits, in UTF-8, a sentence a line;
         'dates' or 'dates:num_examples=20000', see `vit_jax.data.dates`;
         a TFDS dataset of translations that is prepared, 'wmt14_translate/de-en',
         optionally with the direction, 'wmt14_translate/de-en?src=en&tgt=de';
         the path of a fork's function, 'my_fork.data:make', called with `data_dir`.
-      data_dir: where TFDS keeps its datasets; None for its default.
+      data_dir: where TFDS keeps its datasets; None for its default. The folder of
+        paths of 'text:' too, where they are not absolute.
 
     Raises:
-      UserError: for an unknown name, or what lies there is something else.
+      UserError: for an unknown name, or what lies there is something else. Where there
+        is no such folder or it is not prepared, `open` says so: a run can be planned.
 
     >>> dataset = load_text('dates:num_examples=3')
     >>> dataset.splits['train'], dataset.open('train').target[0]
@@ -80,7 +82,7 @@ def load_text(name: str, data_dir: str | None = None) -> TextDataset:
     """
     kind, _, rest = name.partition(':')
     if kind == 'text':
-        return _files(name, rest)
+        return _files(name, rest, data_dir)
     if kind == 'dates':
         return _dates(name, rest)
     if '.' in kind and is_path(name):
@@ -110,16 +112,23 @@ def _read_query(name: str, query: str) -> dict[str, str]:
 # --- Files --------------------------------------------------------------------
 
 
-def _files(name: str, rest: str) -> TextDataset:
+def _files(name: str, rest: str, data_dir: str | None) -> TextDataset:
     path, _, query = rest.partition('?')
-    root = pathlib.Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise UserError(f'no such folder: {path or "(none)"} (from dataset {name!r})')
+    root = (pathlib.Path(data_dir or '').expanduser() / path).expanduser().absolute()
     options = _read_query(name, query)
     languages = options['src'], options['tgt']
+    if not root.is_dir():
+
+        def open_split(split: str) -> Pairs:
+            raise UserError(
+                f'no such folder: {root} (dataset {name!r} in dataset.data_dir '
+                f'{data_dir})'
+            )
+
+        return TextDataset(name, str(root), languages, {}, open_split)
     files = tuple(_find_files(root, language) for language in languages)
     splits = _FileSplits(name, languages, files)
-    return TextDataset(name, str(root.absolute()), languages, splits, splits.read)
+    return TextDataset(name, str(root), languages, splits, splits.read)
 
 
 class _FileSplits(Mapping[str, int]):

@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 from vit_jax.errors import UserError, unknown
 from vit_jax.models.cnn import CNN
 from vit_jax.models.convit import ConViT
+from vit_jax.models.lstm import LSTM
 from vit_jax.models.mlp import MLP
 from vit_jax.models.resnet import RESNETS, ResNet
 from vit_jax.models.transformer import Transformer
@@ -116,6 +117,8 @@ SEQUENCE: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
             'dropout_rate': 0.3,
         },
     ),
+    # What came before: with a vocabulary of 10,000, of the size of Transformer-tiny.
+    'LSTM-tiny': (LSTM, {'width': 160, 'depth': 2, 'dropout_rate': 0.3}),
 }
 
 # (size of the ViT, stages of the trunk, pixels that a token stands for). The number in

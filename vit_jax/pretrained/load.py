@@ -16,7 +16,7 @@ from vit_jax.layers.position import resize_learned
 from vit_jax.pretrained.plan import PREFIX, Plan, Step, make_plan
 from vit_jax.pretrained.report import Report
 from vit_jax.pretrained.source import Source, open_source
-from vit_jax.typing import Array, PRNGKey, Shape, Variables
+from vit_jax.typing import Array, Inputs, PRNGKey, Shape, Variables
 
 # Of every leaf, or from its path and shape, or the default device.
 Placement: TypeAlias = (
@@ -27,7 +27,7 @@ Placement: TypeAlias = (
 def load_variables(
     path: str | os.PathLike | Source,
     model: nn.Module,
-    image_size: int | tuple[int, int],
+    image_size: int | tuple[int, int] | Inputs,
     *,
     channels: int = 3,
     new_head: bool = False,
@@ -44,7 +44,8 @@ def load_variables(
         see `stored.choose`); or an address ('hf:timm/convit_tiny.fb_in1k',
         'augreg:...', 'https://...'). Or what `open_source` made of it.
       model: whose variables they become.
-      image_size: of the images that the model will see, one side or (height, width).
+      image_size: of the images that the model will see, one side or (height, width);
+        or shapes and dtypes of whatever else it takes.
       channels: of these images.
       new_head: leave the file's classifier, and start a new one.
       grid: of the learned positions in the file, where the file does not tell and
@@ -61,13 +62,11 @@ def load_variables(
       UserError: for a file that cannot be read, and for leaves that are in one of file
         and model only, or differ in shape; names them.
     """
-    if isinstance(image_size, int | np.integer):
-        image_size = (int(image_size), int(image_size))
-    size = tuple(image_size)
+    inputs = _inputs(image_size, channels)
 
     def init(rng: PRNGKey) -> dict[str, Array]:
-        image = jnp.zeros((1, *size, channels))
-        return flatten_dict(model.init({'params': rng}, image, train=False), sep='/')
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+        return flatten_dict(model.init({'params': rng}, *zeros, train=False), sep='/')
 
     rng = jax.random.key(0) if rng is None else rng
     shapes = jax.eval_shape(init, rng)
@@ -115,7 +114,7 @@ def load_variables(
 def load_params(
     path: str | os.PathLike,
     model: nn.Module,
-    image_size: int | tuple[int, int],
+    image_size: int | tuple[int, int] | Inputs,
     **kwargs: Any,
 ) -> tuple[Variables, Report]:
     """`load_variables` for models that have parameters alone.
@@ -137,6 +136,15 @@ def load_params(
             'load_variables'
         )
     return variables['params'], report
+
+
+def _inputs(image_size: int | tuple[int, int] | Inputs, channels: int) -> Inputs:
+    """What the model takes, of one example."""
+    if isinstance(image_size, int | np.integer):
+        image_size = (int(image_size), int(image_size))
+    if all(isinstance(x, jax.ShapeDtypeStruct) for x in image_size):
+        return image_size  # type: ignore[return-value]
+    return (jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32),)  # type: ignore[misc]
 
 
 def _read(step: Step) -> Iterator[tuple[str, np.ndarray]]:

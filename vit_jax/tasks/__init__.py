@@ -4,14 +4,16 @@ A task is a module with four functions. `make_settings` reads what the task need
 config; the others are pure, and `build` completes them with model, optimizer and
 settings:
 
-    make_settings(config reader, image data) -> settings
+    make_settings(config reader, data) -> settings
     init_state() -> TrainState
     train_step(state, batch) -> (state, metrics)
     eval_step(variables, batch) -> metrics
 
-The training loop knows no more than that. A task that learns from another model has
-`load_teacher(settings, sharding) -> variables` too, and one whose checkpoints should
-say more of themselves `facts(settings) -> dict`, JSON.
+The training loop knows no more than that. A task of something else than images has
+`make_data(config reader, parallel) -> TaskData`, and one that is judged by more than
+metrics of batches `make_score(config reader, data, model, parallel) -> Score`. A task
+that learns from another model has `load_teacher(settings, sharding) -> variables`, and
+one whose checkpoints should say more of themselves `facts(settings) -> dict`, JSON.
 """
 
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from vit_jax.errors import unknown
 from vit_jax.forks import import_path
 
-TASKS = ('classify', 'distill')
+TASKS = ('classify', 'distill', 'translate')
 
 
 def get_task(name: str) -> Any:

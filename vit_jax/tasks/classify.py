@@ -12,16 +12,12 @@ from vit_jax.averaging import init_average
 from vit_jax.axes import batch_sum
 from vit_jax.config import ConfigReader
 from vit_jax.data.augment import BatchAugment
-from vit_jax.errors import unknown
 from vit_jax.image_data import ImageData
 from vit_jax.losses import cross_entropy, smooth_labels
 from vit_jax.metrics import classification_metrics
-from vit_jax.models import check_takes_images
 from vit_jax.state import TrainState
-from vit_jax.typing import Array, Batch, Metrics, PRNGKey, Shape, Variables
-from vit_jax.update import Updates, accumulate, apply_gradients
-
-NAN_POLICIES = ('stop', 'skip')
+from vit_jax.typing import Array, Batch, Inputs, Metrics, PRNGKey, Variables
+from vit_jax.update import Updates, accumulate, apply_gradients, make_updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +46,13 @@ def make_settings(c: ConfigReader, images: ImageData) -> Settings:
     Raises:
       UserError: for values that make no sense.
     """
-    if c.nan_policy not in NAN_POLICIES:
-        raise unknown('nan_policy', c.nan_policy, NAN_POLICIES)
-    skip = c.nan_policy == 'skip'
     return Settings(
-        num_classes=len(images.dataset.class_names),
+        num_classes=images.num_classes,
         mean=images.mean,
         std=images.std,
         label_smoothing=c.optim.label_smoothing,
         augment=images.augment,
-        updates=Updates(c.accum_steps, tuple(c.optim.freeze), c.optim.ema_decay, skip),
+        updates=make_updates(c),
     )
 
 
@@ -74,23 +67,20 @@ def init_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     rng: PRNGKey,
-    image_shape: Shape,
+    inputs: Inputs,
     settings: Settings,
 ) -> TrainState:
     """Fresh parameters and optimizer.
 
     Args:
-      model: called on `[1, *image_shape]`.
+      model: called on arrays like `inputs`.
       tx: the optimizer.
       rng: key of the initialisation.
-      image_shape: (height, width, channels).
+      inputs: shapes and dtypes of what the model takes for one example.
       settings: see `Settings`.
-
-    Raises:
-      UserError: for a model of sequences.
     """
-    check_takes_images(model)
-    variables = model.init({'params': rng}, jnp.zeros((1, *image_shape)), train=False)
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+    variables = model.init({'params': rng}, *zeros, train=False)
     average = None
     if settings.updates.ema_decay is not None:
         average = init_average(variables)

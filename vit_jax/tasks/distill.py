@@ -36,7 +36,15 @@ from vit_jax.pretrained.source import open_source
 from vit_jax.state import TrainState
 from vit_jax.tasks import classify
 from vit_jax.tasks.classify import eval_step, prepare
-from vit_jax.typing import Array, Batch, Metrics, PRNGKey, Shape, Variables
+from vit_jax.typing import (
+    Array,
+    Batch,
+    Inputs,
+    Metrics,
+    PRNGKey,
+    Shape,
+    Variables,
+)
 from vit_jax.update import accumulate, apply_gradients
 
 __all__ = [
@@ -214,12 +222,12 @@ def init_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     rng: PRNGKey,
-    image_shape: Shape,
+    inputs: Inputs,
     settings: Settings,
 ) -> TrainState:
     """As `classify.init_state`; the teacher is zeros until `load_teacher`."""
     state = classify.init_state(
-        model=model, tx=tx, rng=rng, image_shape=image_shape, settings=settings
+        model=model, tx=tx, rng=rng, inputs=inputs, settings=settings
     )
     shapes = settings.teacher.shapes
     teacher = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
