@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from vit_jax.build import Run
+from vit_jax.errors import UserError
 from vit_jax.telemetry import Clock
 from vit_jax.typing import Batch
 
@@ -116,8 +117,13 @@ def measure_training(run: Run, steps: int = 20, data: bool = False) -> Training:
       data: whether steps on the run's own data are timed too.
 
     Raises:
-      UserError: with `data`, for data that is not there.
+      UserError: with `data`, for data that is not there, and for text.
     """
+    if data and run.vocabulary:
+        raise UserError(
+            'batches of text differ in shape, and each is compiled when it comes: only '
+            'the longest are timed here; the log of a run tells of its data'
+        )
     if data:
         run.train_data(0).close()  # what is not there is missed before compiling
     state = run.parallel.init(run.init)

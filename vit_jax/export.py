@@ -82,6 +82,11 @@ def export(
     dst = pathlib.Path(dst)
     check_free(dst, force)
     metadata = metadata or open_source(path).metadata or {}
+    if 'text' in metadata:
+        raise UserError(
+            f'{os.fspath(path)} is of a model of sentences, which is not exported; '
+            '`vit_jax translate` runs it'
+        )
     if not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
             f'{os.fspath(path)} does not say of which model it is and how images are '

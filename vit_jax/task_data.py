@@ -103,16 +103,20 @@ class TaskData:
     facts: dict[str, Any]
 
 
-def count_steps(c: ConfigReader, dataset: Source) -> int:
+def count_steps(c: ConfigReader, data: TaskData) -> int:
     """Steps in all, from one of num_steps and num_epochs.
 
     Raises:
-      UserError: when both are set or none, or where the size of an epoch is unknown.
+      UserError: when both are set or none, or where the size of an epoch is unknown, as
+        that of text is, whose batches are of so many tokens.
     """
     num_steps, num_epochs = c.num_steps, c.num_epochs
     if (num_steps is None) == (num_epochs is None):
         raise UserError('set one of config.num_steps and config.num_epochs, not both')
+    if num_steps is None and data.units != IMAGES:
+        raise UserError('set config.num_steps: steps of text are not counted by epochs')
     if num_steps is None:
+        dataset = data.dataset
         if c.dataset.train_split not in dataset.splits:
             raise UserError(
                 f'the size of {dataset.name!r} split {c.dataset.train_split!r} is not '

@@ -83,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
     model = run.model
     if run.vocabulary:
         run.vocabulary.load(pathlib.Path(folder))
+    if args.probe and run.probe_data is None:
+        raise UserError('--probe is for models of images')
     if args.probe:  # which are of any classes
         model = headless(model)
     else:
@@ -150,8 +152,7 @@ def _probe(
     from vit_jax import probes
 
     split = run.metadata['config']['dataset']['train_split']
-    if run.probe_data is None:
-        raise UserError('--probe is for models of images')
+    assert run.probe_data is not None  # as checked
     train = probes.extract_features(run, variables, run.probe_data(), split)
     split = run.metadata['eval_split']
     test = probes.extract_features(run, variables, run.eval_data(), split)

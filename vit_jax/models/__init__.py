@@ -74,6 +74,15 @@ def check_takes_images(model: nn.Module) -> None:
         )
 
 
+def check_translates(model: nn.Module) -> None:
+    """Raises UserError for a model that is not called as `Transformer` is."""
+    if not (hasattr(model, 'encode') and hasattr(model, 'decode')):
+        raise UserError(
+            f'a {type(model).__name__} cannot encode and decode, so it does not '
+            'translate; choose a model such as Transformer-base'
+        )
+
+
 def _check_fields(name: str, model: Any, overrides: dict[str, Any]) -> None:
     """Raises UserError for a field that does not exist, or a value unlike it."""
     known = {f.name: f for f in dataclasses.fields(model)}
