@@ -40,6 +40,8 @@ def get_config(variant=None):
     if variant == 'smoke':
         config.num_steps = 3
         config.optim.warmup_steps = 1
+        config.text.buckets = (40,)
         config.text.tokens_per_batch = 640
         config.dataset.name = 'dates:num_examples=64'
+        config.dataset.eval_split = 'train'
     return config

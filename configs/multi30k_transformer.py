@@ -53,11 +53,14 @@ def get_config(variant=None):
         config.checkpoint.every_steps = 400
         config.checkpoint.average = 0
     elif variant == 'smoke':
+        config.model.kwargs = {'width': 16, 'depth': 1, 'mlp_dim': 24, 'num_heads': 2}
         config.dataset.name = 'dates:num_examples=64'
-        config.dataset.eval_split = None
-        config.text.vocab_size = 128
+        config.dataset.eval_split = 'train'
         config.text.tokenizer = 'char'
+        config.text.vocab_size = 128
+        config.text.buckets = (40,)
         config.text.tokens_per_batch = 640
+        config.text.extra_length = 0
         config.num_steps = 3
         config.optim.warmup_steps = 1
         config.checkpoint.average = 0

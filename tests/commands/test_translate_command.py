@@ -17,7 +17,6 @@ DATES = [
     '--config.model.kwargs.width=16',
     '--config.model.kwargs.depth=1',
     '--config.text.buckets=(24, 40)',
-    '--config.dataset.eval_split=train',
 ]
 
 
