@@ -6,18 +6,17 @@ summed up: attention rollout, and the non-locality of ConViT.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError, times
 from vit_jax.layers.patch import PatchEmbed
 from vit_jax.layers.pooling import AttentionPool
+from vit_jax.sown import run_and_capture
 from vit_jax.typing import Array, Shape, Variables
 
 
@@ -129,36 +128,10 @@ def attention_maps(
     >>> maps.rollout.weights.shape
     (3, 1, 11, 11)
     """
-    modules: dict[tuple[str, ...], nn.Module] = {}
-    order: dict[tuple[tuple[str, ...], int], None] = {}  # (path, call) as they end
-
-    def capture(module: nn.Module, method: str) -> bool:
-        modules[module.path] = module
-        # By what is sown so far: a transformation may trace a call more than once.
-        so_far = module.get_variable('intermediates', 'attention_weights', ())
-        order.update({(module.path, call): None for call in range(len(so_far))})
-        return isinstance(module, PatchEmbed)  # its output shows the grid
-
-    logits, state = model.apply(
-        variables,
-        images,
-        train=False,
-        mutable=['intermediates'],
-        capture_intermediates=capture,
-    )
-    sown = flatten_dict(dict(state).get('intermediates', {}))
-    found = []
-    for path, call in order:
-        weights = sown[*path, 'attention_weights'][call]
-        gates = sown.get((*path, 'gates'))
-        found.append((path, weights, gates[call] if gates else None))
-    if not found:
-        raise UserError(
-            f'{type(model).__name__} has no attention to map: none of its modules '
-            'sows attention_weights'
-        )
-    patches = [x for key, xs in sown.items() if key[-1] == '__call__' for x in xs]
-    of_tokens = any(weights.ndim == 4 for _, weights, _ in found)
+    # The output of a PatchEmbed shows the grid.
+    found = run_and_capture(model, variables, images, keep=PatchEmbed)
+    patches = found.kept
+    of_tokens = any(call.weights.ndim == 4 for call in found.calls)
     if of_tokens and len(patches) != 1:
         raise UserError(
             f'{type(model).__name__} has {len(patches)} PatchEmbed modules; maps of '
@@ -167,21 +140,16 @@ def attention_maps(
     grid: Shape = patches[0].shape[1:-1] if of_tokens else ()
 
     layers, pool, through = [], None, None
-    calls: Counter[str] = Counter()
-    for path, weights, gates in found:
-        if isinstance(modules.get(path[:-1]), AttentionPool):
+    for path, name, weights, gates in found.calls:
+        if isinstance(found.modules.get(path[:-1]), AttentionPool):
             cells = weights[:, :, 0, -math.prod(grid) :]
             pool = cells.reshape(*cells.shape[:2], *grid)
         else:
-            name = '/'.join(path or [type(model).__name__]).removesuffix('/attention')
-            calls[name] += 1
-            if calls[name] > 1:
-                name += f'#{calls[name]}'
             layers.append(_lay_out(weights, gates, name, grid))
     if layers and all(layer.grid == layer.key_grid == grid for layer in layers):
         weights = rollout([layer.weights for layer in layers])[:, None]
         through = LayerMaps(weights, None, 'rollout', grid, grid)
-    return AttentionMaps(logits, tuple(layers), through, pool)
+    return AttentionMaps(found.out, tuple(layers), through, pool)
 
 
 def _lay_out(
