@@ -93,6 +93,26 @@ def test_logits_equal_a_loop_over_tokens(depth, share, tie):
     reference.assert_close(logits, expected)
 
 
+def test_the_weights_it_sows_equal_the_loop(monkeypatch):
+    model, params = make()
+    logits, state = model.apply(
+        {'params': params}, SOURCE, TARGET, mutable=['intermediates']
+    )
+    (weights,) = state['intermediates']['decoder']['attention_weights']
+    assert weights.shape == (B, 1, T, S)
+    assert weights.dtype == jnp.float32
+    found, softmax = [], reference.softmax
+    monkeypatch.setattr(
+        reference, 'softmax', lambda scores: found.append(softmax(scores)) or found[-1]
+    )
+    for row in range(B):
+        reference.assert_close(logits[row], translate(params, SOURCE[row], TARGET[row]))
+    for (row, t), expected in zip(np.ndindex(B, T), found, strict=True):
+        whole = np.zeros(S)
+        whole[SOURCE[row] != PAD] = expected
+        reference.assert_close(weights[row, 0, t], whole)
+
+
 def test_the_target_gives_the_logits_where_the_embeddings_differ():
     model, params = make(share_embeddings=False)
     expected = [translate(params, *pair) for pair in zip(SOURCE, TARGET)]
@@ -280,8 +300,9 @@ def test_bfloat16_computes_near_float32_and_keeps_states_in_it():
 def test_attention_to_nothing_is_zero():
     query, key = map(jnp.float32, reference.random_arrays(0, (B, D), (B, S, D)))
     mask = np.array([[False] * S] * B)
-    out = global_attention(query, key, key, mask)
-    np.testing.assert_array_equal(out, np.zeros((B, D)))
+    context, attn_weights = global_attention(query, key, key, mask)
+    np.testing.assert_array_equal(context, np.zeros((B, D)))
+    np.testing.assert_array_equal(attn_weights, np.zeros((B, S)))
 
 
 def test_an_odd_width_is_told():

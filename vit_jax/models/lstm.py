@@ -20,7 +20,9 @@ from vit_jax.typing import Array, Dtype
 Carry = tuple[Array, Array]  # (cell, hidden), `[B, D]` each
 
 
-def global_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
+def global_attention(
+    query: Array, key: Array, value: Array, mask: Array
+) -> tuple[Array, Array]:
     """softmax(q k^T) v for one query of each example, the softmax in float32.
 
     Luong's 'general' score is q^T W v: the keys are the values times W. It is not
@@ -32,17 +34,21 @@ def global_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
       mask: `[B, S]` boolean, True = keep.
 
     Returns:
-      `[B, D]`, of the dtype of `value`; 0 where the mask keeps nothing.
+      `[B, D]`, of the dtype of `value`, and the weights `[B, S]`, float32; 0 where the
+      mask keeps nothing.
 
     >>> x = jnp.ones((2, 3, 5))
-    >>> global_attention(x[:, 0], x, x, jnp.ones((2, 3), bool)).shape
-    (2, 5)
+    >>> context, attn_weights = global_attention(
+    ...     x[:, 0], x, x, jnp.ones((2, 3), bool))
+    >>> context.shape, attn_weights.shape
+    ((2, 5), (2, 3))
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum('BD,BSD->BS', query, key, preferred_element_type=dtype)
     logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
     attn_weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
-    return jnp.einsum('BS,BSD->BD', attn_weights.astype(value.dtype), value)
+    context = jnp.einsum('BS,BSD->BD', attn_weights.astype(value.dtype), value)
+    return context, attn_weights
 
 
 class BidirectionalLSTM(nn.Module):
@@ -110,7 +116,8 @@ class AttentionDecoder(nn.Module):
 
     Each step is given its token beside the attentional vector of the step before
     (input feeding); the last LSTM's state h attends to the source, and the next vector
-    is tanh(W [context, h]), arXiv 1508.04025, equation 5.
+    is tanh(W [context, h]), arXiv 1508.04025, equation 5. The weights of the attention
+    are sown as `attention_weights`, `[B, 1, T, S]`.
 
     Attributes:
       width: D.
@@ -184,7 +191,9 @@ class AttentionDecoder(nn.Module):
                 state, x = cell(state, x)
                 x = x.astype(self.dtype)
                 after.append(state)
-            context = global_attention(x, key, value, mask)
+            context, attn_weights = global_attention(x, key, value, mask)
+            # Of one query and one head; the scan lays the queries side by side.
+            self.sow('intermediates', 'attention_weights', attn_weights[:, None])
             combine = nn.Dense(
                 self.width, use_bias=False, dtype=self.dtype, name='combine'
             )
@@ -193,6 +202,7 @@ class AttentionDecoder(nn.Module):
 
         scan = nn.scan(
             advance,
+            variable_axes={'intermediates': 2},
             variable_broadcast='params',
             split_rngs={'params': False, 'dropout': True},
             in_axes=1,
