@@ -150,6 +150,25 @@ class Translator:
         found.pop(-1, None)  # rows that fill batches
         return found
 
+    def decode_sources(
+        self,
+        variables: Variables,
+        ids: Sequence[np.ndarray],
+        buckets: tuple[Bucket, ...],
+    ) -> list[np.ndarray]:
+        """The tokens of each translation, in their order.
+
+        Args:
+          variables: the model's.
+          ids: of each sentence, without its EOS; at least one sentence.
+          buckets: shapes of the batches.
+        """
+        encoded = encode_sources(ids)
+        shard = Shard(jax.process_index(), jax.process_count())
+        with closing(evaluation_batches(encoded, buckets, shard=shard)) as batches:
+            tokens = self.decode(variables, batches)
+        return [tokens[i] for i in range(len(ids))]
+
     def translate(
         self,
         variables: Variables,
@@ -183,12 +202,8 @@ class Translator:
         out = [''] * len(lines)
         if not kept:
             return out
-        encoded = encode_sources([ids[i] for i in kept])
-        shard = Shard(jax.process_index(), jax.process_count())
-        with closing(evaluation_batches(encoded, buckets, shard=shard)) as batches:
-            tokens = self.decode(variables, batches)
-        texts = to_text([tokens[i] for i in range(len(kept))], tokenizer)
-        for i, text in zip(kept, texts):
+        tokens = self.decode_sources(variables, [ids[i] for i in kept], buckets)
+        for i, text in zip(kept, to_text(tokens, tokenizer)):
             out[i] = text
         return out
 

@@ -3,14 +3,13 @@
 import argparse
 import contextlib
 import itertools
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
-from vit_jax.commands import options
+from vit_jax.commands import options, trained_text
 from vit_jax.errors import UserError
 
 EPILOG = """\
@@ -62,53 +61,17 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _load(args: argparse.Namespace):
+def _load(args: argparse.Namespace) -> Callable[[list[str], int], list[str]]:
     """(lines, number of the first) -> their translations."""
-    import jax
-    import jax.numpy as jnp
-
-    from vit_jax.data.buckets import make_buckets
-    from vit_jax.data.vocabulary import load_tokenizer
-    from vit_jax.modules import make_stored_model
-    from vit_jax.parallel import make_parallel
-    from vit_jax.pretrained import load_variables
-    from vit_jax.pretrained.source import open_source
-    from vit_jax.translation import Decoding, Translator
-
-    source = open_source(args.weights)
-    metadata = source.metadata or {}
-    if 'text' not in metadata or 'model' not in metadata:
-        raise UserError(
-            f'{args.weights} does not say that it is of a model of sentences; take the '
-            'workdir of a run of one, such as configs/multi30k_transformer.py'
-        )
-    about, text = metadata['model'], metadata['text']
-    folder = pathlib.Path(args.weights)
-    if not folder.is_dir():  # a file, or WORKDIR@best
-        before = args.weights.rpartition('@')[0]
-        folder = pathlib.Path(before) if os.path.isdir(before) else folder.parent
-    tokenizer = load_tokenizer(folder)
-    parallel = make_parallel('jit')
-    model = make_stored_model(about, args.weights)
-    length, rows = text['buckets'][-1], len(parallel.devices)
-    example = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    variables, _ = load_variables(
-        source, model, (example, example), sharding=parallel.leaf_sharding
+    found = trained_text.load(args.weights)
+    buckets = found.make_buckets(found.text['tokens_per_batch'])
+    penalty = args.length_penalty
+    translator = found.make_translator(
+        args.beam or found.settings.get('beam', 1),
+        found.settings.get('length_penalty', 0.6) if penalty is None else penalty,
     )
-    buckets = make_buckets(
-        text['buckets'], max(text['tokens_per_batch'], rows * length), rows
-    )
-    run = metadata.get('config', {}).get('text', {})
-    how = Decoding(
-        args.beam or run.get('beam', 1),
-        run.get('length_penalty', 0.6)
-        if args.length_penalty is None
-        else args.length_penalty,
-        text['extra_length'],
-    )
-    translator = Translator(model, how, parallel)
     return lambda lines, first: translator.translate(
-        variables, lines, tokenizer, buckets, first
+        found.variables, lines, found.tokenizer, buckets, first
     )
 
 
