@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.pictures import draw_image, draw_non_locality, draw_sheet
+from vit_jax.pictures import (
+    draw_image,
+    draw_non_locality,
+    draw_sheet,
+    draw_token_maps,
+    name_heads,
+)
 
 GRID, PATCH = (3, 5), (2, 4)
 SIZE = (GRID[0] * PATCH[0], GRID[1] * PATCH[1])
@@ -120,11 +126,12 @@ def test_each_weight_has_the_colour_of_the_scale():
 def assert_text_is_whole(figure):
     """Each text lies inside of the figure, and apart from the others."""
     figure.canvas.draw()
-    texts = [*figure.texts, *(axes.title for axes in figure.axes)]
+    titles = [t for axes in figure.axes for t in (axes.title, axes._left_title)]
+    texts = [*figure.texts, *titles]
     for axes in figure.axes:
         if axes.axison:
             for axis in (axes.xaxis, axes.yaxis):
-                low, high = axis.get_view_interval()
+                low, high = sorted(axis.get_view_interval())
                 ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels())
                 texts += [label for place, label in ticks if low <= place <= high]
                 texts += [axis.label, axis.get_offset_text()]
@@ -223,3 +230,64 @@ def test_non_locality_has_a_dot_per_head_and_a_line_of_means_per_grid():
     assert [label.get_text() for label in axes.get_xticklabels()] == ['a', 'b', 'c']
     assert axes.get_ylim()[0] == 0
     assert axes.get_ylim()[1] > 3
+
+
+TOKENS = ('▁Ein', '▁Hund', '▁läuf', 't', '.', '▁$5,', '▁$7', '▁weiß', '▁Übung', '</s>')
+LABELS = ('next target token', 'attends to source token')
+
+
+def test_tokens_attend_to_tokens():
+    """A row is a query; grey is what it may not see, unlike what it gives nothing."""
+    maps = np.where(np.tri(3, 4, dtype=bool), 0.0, np.nan)[None].repeat(2, axis=0)
+    planted = [(2, 0), (1, 1)]
+    for heat, (cell, weight) in zip(maps, zip(planted, (0.9, 0.5))):
+        heat[cell] = weight
+    figure = draw_token_maps(name_heads(maps), TOKENS[:3], TOKENS[:4], 'title', LABELS)
+    picture = read_back(figure)
+    *panels, _ = figure.axes
+    assert [axes.get_title(loc='left') for axes in panels] == [
+        'head 0, max 0.9',
+        'head 1, max 0.5',
+        'mean, max 0.45',
+    ]
+    greens = []
+    for axes, (row, column) in zip(panels, [*planted, planted[0]], strict=True):
+        colours = cells(figure, picture, axes, (3, 4))
+        hidden = ~np.tri(3, 4, dtype=bool)
+        np.testing.assert_allclose(colours[hidden], 0.85, atol=0.01)
+        seen = np.where(hidden[..., None], 0.0, colours)
+        assert brightest(seen) == (row, column)
+        greens.append(seen[row, column, 1])
+        labels = axes.get_yticklabels(), axes.get_xticklabels()
+        found = [tuple(text.get_text() for text in texts) for texts in labels]
+        assert found == [TOKENS[:3], TOKENS[:4]]
+        assert (axes.get_ylabel(), axes.get_xlabel()) == LABELS
+    assert greens[0] > greens[1] > greens[2]  # one colour scale
+
+
+@pytest.mark.parametrize(
+    ('rows', 'columns'), [(1, 1), (1, 9), (9, 1), (5, 6), (9, 40), (41, 40)]
+)
+@pytest.mark.parametrize('heads', [1, 8])
+def test_text_of_token_maps_is_whole(rows, columns, heads):
+    rows, columns = ([*TOKENS[4:-1] * 10][:n] for n in (rows, columns))
+    maps = np.full((heads, len(rows), len(columns)), 0.123)
+    title = 'decoder/block00/cross_attention: cross-attention\ntarget as given'
+    figure = draw_token_maps(name_heads(maps), rows, columns, title, LABELS)
+    found = assert_text_is_whole(figure)
+    panels = heads + (heads > 1)
+    assert found.count(LABELS[0]) == found.count(LABELS[1]) == panels
+    assert found.count('▁$5,') == panels * (rows + columns).count('▁$5,')
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    cell = (boxes[0].width / len(columns), boxes[0].height / len(rows))
+    assert cell[0] == pytest.approx(cell[1])
+    assert cell[0] > 17.9  # pixels: text of size 7 is 12 high
+
+
+def test_a_sheet_of_very_long_sentences_fits_in_memory():
+    tokens = ['▁Hund'] * 300
+    maps = np.full((4, 300, 300), 0.1)
+    figure = draw_token_maps(name_heads(maps), tokens, tokens, 'title', LABELS)
+    assert max(figure.bbox.size) == pytest.approx(8_000)

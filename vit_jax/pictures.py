@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from vit_jax.typing import Shape
 _PANEL, _STRIP, _GAP = 1.9, 0.25, 0.1
 _SCALE = 2.0, 0.5  # with its numbers
 _DPI = 120
+_MAX_PIXELS = 8_000  # of a side: the canvas is in memory
 
 
 def draw_image(pixels: np.ndarray) -> Figure:
@@ -51,11 +53,7 @@ def draw_sheet(
       cell: (row, column) of the query that attends, which gets a frame, or None.
       grid: (rows, columns) of the queries, where there is a `cell`.
     """
-    panels = [(f'head {n}, ', heat) for n, heat in enumerate(maps)]
-    if len(maps) > 1:
-        panels.append(('mean, ', maps.mean(axis=0)))
-    else:
-        panels = [('', maps[0])]
+    panels = name_heads(maps)
     texts = ['image', *(f'{name}max {heat.max():.2g}' for name, heat in panels)]
     columns = _columns(len(texts))
     rows = -(-len(texts) // columns)
@@ -68,16 +66,11 @@ def draw_sheet(
     figure = _make_figure(total_width, total_height)
     _add_title(figure, title)
 
-    def add_axes(left: float, top: float, width: float, height: float) -> Axes:
-        """Axes at a place given in inches, from the top left."""
-        place = (left, total_height - top - height, width, height)
-        return figure.add_axes(tuple(np.divide(place, 2 * (total_width, total_height))))
-
     def add_panel(i: int) -> Axes:
         row, column = divmod(i, columns)
         left = _GAP + column * pitch + (pitch - width) / 2
         top = _GAP + title_height + row * (height + _STRIP) + _STRIP
-        axes = add_axes(left, top, width, height)
+        axes = _add_axes(figure, left, top, width, height)
         axes.set_title(texts[i], size=8, pad=3)
         return axes
 
@@ -89,17 +82,83 @@ def draw_sheet(
     if cell is not None and grid is not None:
         for axes in all_axes:
             _frame(axes, pixels, cell, grid)
-    # The scale is as long as three numbers need, whatever the image's proportions.
-    place = add_axes(3 * _GAP, total_height - _SCALE[1], _SCALE[0] - 0.5, 0.12)
-    bar = figure.colorbar(
-        heat_image,
-        cax=place,
-        orientation='horizontal',
-        ticks=[0, top_weight / 2, top_weight],
-        format='{x:.2g}',
-    )
-    bar.ax.tick_params(labelsize=7)
+    _add_scale(figure, heat_image, top_weight)
     return figure
+
+
+def draw_token_maps(
+    panels: Sequence[tuple[str, np.ndarray]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    axis_labels: tuple[str, str],
+) -> Figure:
+    """A sheet of heat maps between the tokens of sentences, on one colour scale.
+
+    Args:
+      panels: name and weights `[T, S]` of each; NaN where a query may not look, which
+        is drawn grey.
+      rows: the T tokens that attend.
+      columns: the S tokens that they attend to.
+      title: of the sheet, one line or more.
+      axis_labels: what the rows are, and the columns.
+    """
+    # A cell is at least as wide as a line of text is high.
+    cell = float(np.clip(_PANEL / max(len(rows), len(columns)), 0.15, 0.3))
+    width, height = cell * len(columns), cell * len(rows)
+    texts = [f'{name}max {np.nanmax(heat):.2g}' for name, heat in panels]
+    beside, below = (
+        3 * _GAP + max(_text_size(token, 7)[0] for token in tokens)
+        for tokens in (rows, columns)
+    )
+    # What is written along a panel may be longer than its side.
+    band_height = max(height, _text_size(axis_labels[0], 7)[0])
+    band_width = max(width, _text_size(axis_labels[1], 7)[0])
+    band_width = max(band_width, *(_text_size(text, 8)[0] for text in texts))
+    pitch = beside + band_width + _GAP, _STRIP + band_height + below
+    across = math.ceil(math.sqrt(len(panels) * pitch[1] / pitch[0]))  # about a square
+    across = min(across, len(panels))
+    title_width, title_height = _text_size(title, 9)
+    total_width = 2 * _GAP + max(across * pitch[0], title_width, _SCALE[0])
+    total_height = 2 * _GAP + title_height + -(-len(panels) // across) * pitch[1]
+    figure = _make_figure(total_width, total_height + _SCALE[1])
+    _add_title(figure, title)
+    top_weight = max(np.nanmax(heat) for _, heat in panels) or 1.0
+    for i, (text, (_, heat)) in enumerate(zip(texts, panels)):
+        row, column = divmod(i, across)
+        left = _GAP + column * pitch[0] + beside
+        top = _GAP + title_height + row * pitch[1] + _STRIP
+        axes = _add_axes(figure, left, top, width, height)
+        axes.set_facecolor('0.85')
+        heat_image = axes.imshow(
+            heat, cmap='viridis', vmin=0.0, vmax=top_weight, interpolation='nearest'
+        )
+        # From the corner on, where text that is longer than its side has room.
+        axes.set_title(text, loc='left', size=8, pad=3)
+        axes.set_ylabel(axis_labels[0], loc='top', size=7, labelpad=2)
+        axes.set_xlabel(axis_labels[1], loc='left', size=7, labelpad=2)
+        look: dict[str, Any] = {'size': 7, 'parse_math': False}
+        # By the line they stand on, as '▁' and ',' are low.
+        axes.set_yticks(range(len(rows)), rows, va='center_baseline', **look)
+        axes.set_xticks(range(len(columns)), columns, rotation=90, **look)
+        axes.tick_params(length=0, pad=2)
+    _add_scale(figure, heat_image, top_weight)
+    return figure
+
+
+def name_heads(maps: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """The panels of a layer: each head, and the heads' mean; one head has no name.
+
+    Args:
+      maps: `[N, ...]`.
+
+    >>> [name for name, _ in name_heads(np.ones((2, 3, 5)))]
+    ['head 0, ', 'head 1, ', 'mean, ']
+    """
+    if len(maps) == 1:
+        return [('', maps[0])]
+    heads = [(f'head {n}, ', heat) for n, heat in enumerate(maps)]
+    return [*heads, ('mean, ', maps.mean(axis=0))]
 
 
 def draw_non_locality(
@@ -143,9 +202,34 @@ def draw_non_locality(
 
 
 def _make_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=_DPI)
+    dpi = min(_DPI, _MAX_PIXELS / max(width, height))
+    figure = Figure(figsize=(width, height), dpi=dpi)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _add_axes(
+    figure: Figure, left: float, top: float, width: float, height: float
+) -> Axes:
+    """Axes at a place given in inches, from the top left."""
+    size = figure.get_size_inches()
+    place = (left, size[1] - top - height, width, height)
+    return figure.add_axes(tuple(np.divide(place, (*size, *size))))
+
+
+def _add_scale(figure: Figure, heat_image: AxesImage, top_weight: float) -> None:
+    """The colour scale, at the bottom left."""
+    # It is as long as three numbers need, whatever the image's proportions.
+    top = figure.get_size_inches()[1] - _SCALE[1]
+    place = _add_axes(figure, 3 * _GAP, top, _SCALE[0] - 0.5, 0.12)
+    bar = figure.colorbar(
+        heat_image,
+        cax=place,
+        orientation='horizontal',
+        ticks=[0, top_weight / 2, top_weight],
+        format='{x:.2g}',
+    )
+    bar.ax.tick_params(labelsize=7)
 
 
 def _text_size(text: str, size: float) -> tuple[float, float]:

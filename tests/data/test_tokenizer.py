@@ -113,6 +113,16 @@ def test_decoding_ends_at_eos(small):
     assert small.decode(np.stack([row, row])) == ['übergehen'] * 2
 
 
+def test_pieces_make_up_the_line(small):
+    (ids,) = small.encode(['übergehen vorlaufen'])
+    pieces = small.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert ''.join(pieces) == '▁übergehen▁vorlaufen'
+    special = np.array([PAD, BOS, EOS, UNK, small.vocab_size, -1])
+    names = ['<pad>', '<s>', '</s>', '<unk>', '<unk>', '<unk>']
+    assert small.pieces(special) == names
+
+
 @pytest.mark.parametrize('wrong', [-1, 36, 10**9])
 def test_ids_out_of_range(wrong):
     tokenizer = Tokenizer(train_tokenizer(LINES, 36))

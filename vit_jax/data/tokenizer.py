@@ -178,6 +178,17 @@ class Tokenizer:
             raise UserError(_NO_UNICODE) from error
         return [np.array(ids, np.int32) for ids in encoded]
 
+    def pieces(self, ids: np.ndarray) -> list[str]:
+        """What each id stands for, such as '▁dog', whose '▁' is a space.
+
+        BOS is '<s>', EOS '</s>'; an id that the vocabulary does not have, '<unk>'.
+
+        Args:
+          ids: `[length]` integers.
+        """
+        known = np.where((ids >= 0) & (ids < self.vocab_size), ids, UNK)
+        return [self._processor.id_to_piece(int(i)) for i in known]
+
     def decode(self, ids: Sequence[np.ndarray]) -> list[str]:
         """The text of each row of ids, up to its EOS; PAD and BOS are skipped.
 
