@@ -13,7 +13,7 @@ COMMANDS = {
     'evaluate': 'exact metrics of a trained model on a split',
     'predict': 'classes and probabilities of images',
     'translate': 'lines of text in another language',
-    'attend': 'where a model attends in images, as pictures',
+    'attend': 'where a model attends in images or sentences, as pictures',
     'convert': 'weights from one format to another, bit for bit',
     'export': 'a trained model as a folder that runs on its own',
     'summarize': "a model's parameters, multiply-adds and activation memory",

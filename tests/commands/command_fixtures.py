@@ -1,4 +1,4 @@
-"""The command line, and two runs that commands look at.
+"""The command line, and runs that commands look at.
 
 A plugin of the tests here, not a conftest.py: pytest's doctests take two files of
 that name in folders without `__init__.py` for one module. They also import this one
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from command_lines import COLOUR, DIGITS
+from command_lines import COLOUR, DATES, DIGITS
 from PIL import Image
 
 from vit_jax.main import main
@@ -77,6 +77,14 @@ def colour(tmp_path_factory):
     """The workdir of a CNN for colour images of three classes."""
     workdir = tmp_path_factory.mktemp('colour') / 'run'
     assert main(['train', *COLOUR, f'--workdir={workdir}']) == 0
+    return workdir
+
+
+@pytest.fixture(scope='session')
+def dates(tmp_path_factory):
+    """The workdir of a Transformer of sentences, two layers on both sides."""
+    workdir = tmp_path_factory.mktemp('dates') / 'run'
+    assert main(['train', *DATES, f'--workdir={workdir}']) == 0
     return workdir
 
 

@@ -18,3 +18,9 @@ COLOUR = [
     '--config.num_steps=2',
     '--config.batch_size=16',
 ]
+# A small Transformer that writes dates.
+DATES = [
+    f'--config={CONFIGS}/dates_transformer.py:smoke',
+    '--config.model.kwargs.width=16',
+    '--config.model.kwargs.mlp_dim=16',
+]

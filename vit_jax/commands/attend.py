@@ -1,5 +1,6 @@
 """vit_jax attend"""
 
+import argparse
 import pathlib
 import re
 from collections.abc import Sequence
@@ -7,17 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vit_jax.commands import options, trained
-from vit_jax.errors import UserError, times, unknown
+from vit_jax.commands import attend_text, options, trained
+from vit_jax.commands.layer_files import choose, file_name, save
+from vit_jax.errors import UserError, times
 from vit_jax.typing import Array, Shape
 
 if TYPE_CHECKING:  # --help is quick
-    from matplotlib.figure import Figure
-
     from vit_jax.maps import AttentionMaps, LayerMaps
 
 EPILOG = """\
-In DIR a folder per image holds
+Of images, in DIR a folder per image holds
   image.png          the image as the model sees it
   <layer>.png        where each head attends, on one colour scale, and their mean
   rollout.png        attention through all layers (arXiv 2005.00928); patch models
@@ -32,8 +32,16 @@ patch does (framed). --query=ROW,COLUMN shows what that patch attends to in ever
 layer, from 0,0 at the top left; --query=mean the mean over all patches. A module
 that is called again is a layer again, such as block00#2.
 
+Of a sentence, DIR holds
+  <layer>.png          where each head attends, token to token, and their mean:
+                       encoder, decoder (grey: tokens that come later) and cross
+  cross_attention.png  from target to source in each layer, mean of the heads
+A row of the target is where the model says that token. With --target the model is
+given that translation; else it is its own.
+
   vit_jax attend --weights=/tmp/digits seven.png --out=/tmp/maps
   vit_jax attend --weights=/tmp/digits seven.png --out=/tmp/maps --layers=block03
+  vit_jax attend --weights=/tmp/multi30k --source='A dog runs.' --out=/tmp/maps
 """
 
 Query: TypeAlias = Shape | str | None  # (row, column), 'mean', or the default
@@ -57,15 +65,47 @@ class View(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     parser = options.make_parser(
-        'attend', 'Where a model attends in images, as pictures.', epilog=EPILOG
+        'attend',
+        'Where a model attends in images or sentences, as pictures.',
+        epilog=EPILOG,
     )
-    trained.add_arguments(parser)
+    trained.add_arguments(parser, nargs='*')
+    parser.add_argument('--source', metavar='SENTENCE', help='instead of images')
+    parser.add_argument(
+        '--target', metavar='SENTENCE', help="its translation (the model's own, greedy)"
+    )
     parser.add_argument('--out', required=True, metavar='DIR', help='made if need be')
     parser.add_argument('--layers', help='such as block00,rollout; default all')
     parser.add_argument('--query', help="ROW,COLUMN of a patch, or 'mean'")
     args = options.parse_strict(parser, argv)
     query = _parse_query(args.query)
+    _check(args)
+    if args.source is not None:
+        attend_text.draw(args)
+    else:
+        _draw_images(args, query)
 
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for options of images with sentences, and the like."""
+    if args.source is None:
+        if args.target is not None:
+            raise UserError('--target is a translation of --source; give that too')
+        if not args.images:
+            raise UserError(
+                'attend needs images; or --source=SENTENCE, of a model of sentences'
+            )
+        return
+    if args.images:
+        raise UserError(
+            f'attend draws images or --source, not both; leave {args.images[0]} out'
+        )
+    for name in ('query', 'like', 'convert_channels'):
+        if getattr(args, name):
+            raise UserError(f'--{name} is for images; leave it out beside --source')
+
+
+def _draw_images(args: argparse.Namespace, query: Query) -> None:
     found, images = trained.load(args)
     import jax
 
@@ -118,20 +158,8 @@ def _views(
         found['rollout'] = maps.rollout
     if maps.pool is not None:
         found['pool'] = maps.pool[0]
-    names = list(found)
-    if chosen is not None:
-        by_file = {_file_name(name): name for name in found}
-        names = [
-            by_file.get(name, name) for name in chosen.removesuffix(',').split(',')
-        ]
-    for name in names:
-        if name not in found:
-            raise unknown('layer', name, found)
+    names = choose(found, chosen)
     return {name: _view(found[name], query, class_token) for name in names}
-
-
-def _file_name(layer: str) -> str:
-    return layer.replace('/', '-')
 
 
 def _view(layer: 'LayerMaps | Array', query: Query, class_token: bool) -> View:
@@ -164,12 +192,12 @@ def _write_image(
     """The pictures of one image."""
     from vit_jax.pictures import draw_image, draw_sheet
 
-    _save(folder / 'image.png', draw_image(pixels))
+    save(folder / 'image.png', draw_image(pixels))
     for name, view in views.items():
         title = f'{folder.name}, {name}: where {view.query} attends\n{predicted}'
         heat = np.asarray(view.maps)
         figure = draw_sheet(pixels, heat, title, view.cell, view.grid)
-        _save(folder / f'{_file_name(name)}.png', figure)
+        save(folder / f'{file_name(name)}.png', figure)
 
 
 def _write_layers(
@@ -180,10 +208,10 @@ def _write_layers(
 
     names = [layer.name for layer in layers]
     grids = [layer.grid for layer in layers]
-    _save(out / 'non_locality.png', draw_non_locality(names, distances, grids))
+    save(out / 'non_locality.png', draw_non_locality(names, distances, grids))
     gates = {layer.name: layer.gates for layer in layers if layer.gates is not None}
     if gates:
-        _save(out / 'gates.txt', format_gates(gates))
+        save(out / 'gates.txt', format_gates(gates))
 
 
 def format_gates(gates: dict[str, Array]) -> str:
@@ -195,15 +223,3 @@ def format_gates(gates: dict[str, Array]) -> str:
         numbers = [np.mean(values), *values]
         lines.append(f'{name:{width}}' + ''.join(f'{x:7.3f}' for x in numbers))
     return '\n'.join(lines) + '\n'
-
-
-def _save(path: pathlib.Path, what: 'Figure | str') -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(what, str):
-            path.write_text(what)
-        else:
-            what.savefig(path)
-    except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror}') from error
-    print(path)

@@ -29,9 +29,11 @@ class Trained(NamedTuple):
     class_names: list[str]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds IMAGE..., --convert_channels, and what names the weights."""
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='JPEG, PNG or WebP')
+def add_arguments(parser: argparse.ArgumentParser, nargs: str = '+') -> None:
+    """Adds IMAGE..., as many as `nargs`, --convert_channels, and --weights."""
+    parser.add_argument(
+        'images', nargs=nargs, metavar='IMAGE', help='JPEG, PNG or WebP'
+    )
     add_weights(parser)
     parser.add_argument(
         '--convert_channels',
@@ -98,7 +100,8 @@ def read_metadata(args: argparse.Namespace) -> dict[str, Any]:
     metadata = open_source(args.weights).metadata
     if metadata is not None and 'text' in metadata:
         raise UserError(
-            f'{args.weights} is of a model of sentences; `vit_jax translate` runs it'
+            f'{args.weights} is of a model of sentences; `vit_jax translate` runs it, '
+            '`vit_jax attend --source=SENTENCE` shows where it attends'
         )
     if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
         raise UserError(
