@@ -16,7 +16,7 @@ from vit_jax.data.vocabulary import load_tokenizer
 from vit_jax.main import main
 from vit_jax.sequence_maps import sequence_maps
 from vit_jax.tasks.translate import shift_right
-from vit_jax.translation import Decoding, decode_batch
+from vit_jax.translation import Decoding, Translator, decode_batch
 
 pytest_plugins = ['command_fixtures']
 
@@ -140,6 +140,21 @@ def test_what_is_shown(run, dates, drawn, tmp_path, target):
         assert f'{name[:-2]}/cross_attention' == layer
         np.testing.assert_allclose(heat, mean, atol=1e-5)
     assert len(drawn) == 7
+
+
+@pytest.mark.parametrize(
+    ('said', 'rows'),
+    [([5, 6, EOS, PAD, PAD], 3), ([EOS, PAD], 1), ([5, 6, 7], 3)],
+)
+def test_a_translation_is_drawn_up_to_its_end(
+    run, dates, drawn, tmp_path, monkeypatch, said, rows
+):
+    monkeypatch.setattr(Translator, 'decode_sources', lambda *_: [np.array(said)])
+    argv = ['attend', f'--weights={dates}', f'--source={SOURCE}', f'--out={tmp_path}']
+    assert run(*argv, '--layers=cross_attention').code == 0
+    ((panels, labels, *_),) = drawn
+    assert labels == load_tokenizer(dates).pieces(np.array(said[:rows]))
+    assert {len(heat) for _, heat in panels} == {rows}
 
 
 @pytest.mark.parametrize(
