@@ -16,9 +16,8 @@ LEVELS = (
     'image_data translation text_data',
     'update tasks feed',
     'build',
-    'train evaluate export benchmark maps pictures report summary sweep interrupt '
-    'recent '
-    'telemetry slices topology largest_batch probes processes',
+    'train evaluate export benchmark sown maps sequence_maps pictures report summary '
+    'sweep interrupt recent telemetry slices topology largest_batch probes processes',
     'commands',
     'main',
 )
