@@ -147,7 +147,8 @@ def default_config(task: str = 'classify') -> ConfigDict:
         config.text.vocab_size = 8000  # tokens, of both languages together
         config.text.tokenizer = 'unigram'  # of SentencePiece; or 'bpe', 'char'
         # Pairs of sentences are padded to the first of these lengths, in tokens, that
-        # holds both; what is longer is not trained on, and cut in evaluation.
+        # holds both; what is longer is not trained on, and cut in evaluation. (): one
+        # that holds every line, of data whose lines are of known length ('copy:').
         config.text.buckets = (16, 32, 64, 128)
         # Of each side, padding included, in a batch over all devices.
         config.text.tokens_per_batch = 4096

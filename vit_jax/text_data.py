@@ -20,9 +20,10 @@ from vit_jax.data.buckets import (
 )
 from vit_jax.data.datasets import pick_eval_split
 from vit_jax.data.input_pipeline import Shard
-from vit_jax.data.text import TextDataset, load_text
+from vit_jax.data.text import GENERATED, TextDataset, load_text
 from vit_jax.data.vocabulary import Vocabulary
 from vit_jax.data.watch import Watch
+from vit_jax.errors import UserError
 from vit_jax.parallel import Parallel
 from vit_jax.task_data import TaskData, Units
 
@@ -56,12 +57,13 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
       UserError: for values that do not fit each other.
     """
     name = c.dataset.name
-    generated = name.partition(':')[0] == 'dates'  # which are nowhere
+    generated = name.partition(':')[0] in GENERATED  # which are nowhere
     dataset = load_text(name, None if generated else c.dataset.data_dir)
     train_split, seed = c.dataset.train_split, c.seed
     timeout_seconds = c.dataset.timeout_seconds
     rows = parallel.data * parallel.fsdp * c.accum_steps
-    buckets = make_buckets(c.text.buckets, c.text.tokens_per_batch, rows)
+    lengths = tuple(c.text.buckets) or _longest(dataset)
+    buckets = make_buckets(lengths, c.text.tokens_per_batch, rows)
     shard = Shard(jax.process_index(), jax.process_count())
 
     def train_lines() -> itertools.chain[str]:
@@ -139,3 +141,14 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
             },
         },
     )
+
+
+def _longest(dataset: TextDataset) -> tuple[int]:
+    """The length of a bucket that holds every line, whatever its tokens."""
+    if dataset.longest is None:
+        raise UserError(
+            f'config.text.buckets is empty, and how long the lines of {dataset.name!r} '
+            'are is not known before they are read; name lengths, such as 16,32,64'
+        )
+    # SentencePiece begins a line with a token of its own; and EOS.
+    return (dataset.longest + 2,)

@@ -1,4 +1,4 @@
-"""From a name to sentence pairs: files of lines, generated dates, TFDS, a fork's.
+"""From a name to sentence pairs: files of lines, generated ones, TFDS, a fork's.
 
 The pairs of a split are lists of lines, read whole. What becomes of them is the
 business of `tokenizer` and `buckets`.
@@ -9,9 +9,9 @@ import gzip
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vit_jax.data.dates import EVAL_EXAMPLES, SPLITS, make_dates
+from vit_jax.data import dates, long_range
 from vit_jax.data.progress import Progress
 from vit_jax.data.tfds_builder import Splits, check_split, find_builder, reading
 from vit_jax.errors import UserError, reason, some, unknown
@@ -49,6 +49,7 @@ class TextDataset:
       splits: pairs of each split, of files counted when asked; empty where nothing is
         known.
       open: split -> Pairs; raises UserError for what is not there, or cannot be read.
+      longest: most characters of a line, where that is known.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TextDataset:
     languages: tuple[str, str]
     splits: Mapping[str, int]
     open: Callable[[str], Pairs]
+    longest: int | None = None
 
 
 def load_text(name: str, data_dir: str | None = None) -> TextDataset:
@@ -66,6 +68,8 @@ def load_text(name: str, data_dir: str | None = None) -> TextDataset:
         'text:multi30k?src=en&tgt=de', a folder with `train.en` and `train.de`, or
         `train.en.gz`, and so on for other splits, in UTF-8, a sentence a line;
         'dates' or 'dates:num_examples=20000', see `vit_jax.data.dates`;
+        'copy:length=64' or 'recall:length=64,pairs=4', with 'distance=32' too, see
+        `vit_jax.data.long_range`; both have num_examples;
         a TFDS dataset of translations that is prepared, 'wmt14_translate/de-en',
         optionally with the direction, 'wmt14_translate/de-en?src=en&tgt=de';
         the path of a fork's function, 'my_fork.data:make', called with `data_dir`.
@@ -83,8 +87,8 @@ def load_text(name: str, data_dir: str | None = None) -> TextDataset:
     kind, _, rest = name.partition(':')
     if kind == 'text':
         return _files(name, rest, data_dir)
-    if kind == 'dates':
-        return _dates(name, rest)
+    if kind in GENERATED:
+        return _generate(name, GENERATED[kind], rest)
     if '.' in kind and is_path(name):
         return import_path(name)(data_dir)
     return _tfds(name, data_dir)
@@ -240,21 +244,63 @@ def read_lines(path: pathlib.Path) -> list[str]:
 # --- Generated ----------------------------------------------------------------
 
 
-def _dates(name: str, options: str) -> TextDataset:
-    num_examples = 20_000
-    for option in filter(None, options.split(',')):
+class Generator(NamedTuple):
+    """Makes sentence pairs.
+
+    Attributes:
+      make: (split, num_examples, **options) -> (sources, targets).
+      languages: of source and target.
+      splits: the first one's size is the option num_examples, the others' is fixed.
+      eval_examples: that size.
+      options: name -> default, whole numbers; 'length' is that of the longest line.
+    """
+
+    make: Callable[..., tuple[list[str], list[str]]]
+    languages: tuple[str, str]
+    splits: tuple[str, ...]
+    eval_examples: int
+    options: dict[str, int | None]
+
+
+_SEQUENCES = (
+    ('sequence', 'answer'),
+    long_range.SPLITS,
+    long_range.EVAL_EXAMPLES,
+)
+GENERATED = {
+    'dates': Generator(
+        dates.make_dates, ('en', 'iso'), dates.SPLITS, dates.EVAL_EXAMPLES, {}
+    ),
+    'copy': Generator(long_range.make_copies, *_SEQUENCES, {'length': 64}),
+    'recall': Generator(
+        long_range.make_recalls,
+        *_SEQUENCES,
+        {'length': 64, 'pairs': 4, 'distance': None},
+    ),
+}
+
+
+def _generate(name: str, generator: Generator, text: str) -> TextDataset:
+    options: dict[str, Any] = {'num_examples': 20_000, **generator.options}
+    for option in filter(None, text.split(',')):
         key, _, value = option.partition('=')
-        if key != 'num_examples':
-            raise unknown('option of dates', key, ['num_examples'])
+        if key not in options:
+            raise unknown(f'option of {name.partition(":")[0]}', key, options)
         if not value.isdecimal() or int(value) == 0:
-            raise UserError(f'{name!r}: num_examples needs a whole number above 0')
-        num_examples = int(value)
-    splits = dict.fromkeys(SPLITS, EVAL_EXAMPLES) | {'train': num_examples}
+            raise UserError(f'{name!r}: {key} needs a whole number above 0')
+        options[key] = int(value)
+    train, *others = generator.splits
+    splits = dict.fromkeys(others, generator.eval_examples)
+    splits = {train: options.pop('num_examples'), **splits}
+    generator.make(train, 0, **options)  # raises where options do not fit each other
 
     def open_split(split: str) -> Pairs:
-        return Pairs(*make_dates(split, splits.get(split, 0)))
+        return Pairs(*generator.make(split, splits.get(split, 0), **options))
 
-    return TextDataset(name, 'generated', ('en', 'iso'), splits, open_split)
+    longest = options.get('length')
+    return TextDataset(
+        name, 'generated', generator.languages, splits, open_split, longest
+    )
 
 
 # --- TFDS ---------------------------------------------------------------------

@@ -1,0 +1,127 @@
+import collections
+
+import numpy as np
+import pytest
+
+from vit_jax.data.buckets import Plan, encode_pairs, make_buckets
+from vit_jax.data.long_range import (
+    KEYS,
+    SPLITS,
+    SYMBOLS,
+    VALUES,
+    make_copies,
+    make_recalls,
+)
+from vit_jax.data.text import load_text
+from vit_jax.data.tokenizer import Tokenizer, train_tokenizer
+from vit_jax.errors import UserError
+
+
+def find_pairs(source):
+    """Key -> (value, symbols from there to the question)."""
+    question = source.index('?')
+    assert question == len(source) - 2
+    return {
+        key: (source[place + 1], question - place)
+        for place, key in enumerate(source[:question])
+        if key in KEYS
+    }
+
+
+def test_copies_are_of_all_symbols_at_all_places():
+    sources, targets = make_copies('train', 2000, length=7)
+    assert sources == targets
+    assert {len(source) for source in sources} == {7}
+    for column in zip(*sources):
+        counts = collections.Counter(column)
+        assert set(counts) == set(SYMBOLS)
+        assert 130 < min(counts.values()) <= max(counts.values()) < 270  # of 200
+
+
+@pytest.mark.parametrize(('length', 'pairs'), [(16, 4), (64, 3), (4, 1), (54, 26)])
+def test_recall_asks_for_the_value_of_one_of_its_pairs(length, pairs):
+    sources, targets = make_recalls('train', 200, length=length, pairs=pairs)
+    for source, target in zip(sources, targets):
+        assert len(source) == length
+        found = find_pairs(source)
+        assert len(found) == pairs == sum(source.count(key) for key in KEYS) - 1
+        assert found[source[-1]][0] == target
+        assert target in VALUES
+        assert sum(source.count(symbol) for symbol in SYMBOLS) == length - 2 * pairs - 2
+
+
+def test_every_distance_key_and_value_is_asked_for_equally_often():
+    sources, _ = make_recalls('train', 7000, length=16)
+    asked = [(source[-1], *find_pairs(source)[source[-1]]) for source in sources]
+    keys, values, distances = (collections.Counter(column) for column in zip(*asked))
+    assert set(distances) == {2, 4, 6, 8, 10, 12, 14}
+    assert set(keys) == set(KEYS)
+    assert set(values) == set(VALUES)
+    for counts in (keys, values, distances):
+        mean = 7000 / len(counts)
+        bound = 4 * mean**0.5
+        assert all(abs(count - mean) < bound for count in counts.values())
+
+
+@pytest.mark.parametrize('distance', [2, 8, 14])
+def test_a_distance_moves_the_pair_that_is_asked_for(distance):
+    sources, targets = make_recalls('test', 300, length=16, distance=distance)
+    others = set()
+    for source, target in zip(sources, targets):
+        found = find_pairs(source)
+        assert len(found) == 4
+        assert found.pop(source[-1]) == (target, distance)
+        others |= {place for _, place in found.values()}
+    assert others == {2, 4, 6, 8, 10, 12, 14} - {distance}
+
+
+@pytest.mark.parametrize('make', [make_copies, make_recalls])
+def test_example_is_a_function_of_split_and_index(make):
+    many, few = make('train', 50, length=16), make('train', 20, length=16)
+    assert few == tuple(lines[:20] for lines in many)
+    assert make('train', 0, length=16) == ([], [])
+
+
+@pytest.mark.parametrize('make', [make_copies, make_recalls])
+def test_splits_and_tasks_have_other_random_words(make):
+    sources = [make(split, 5000, length=16)[0] for split in SPLITS]
+    assert len({source for lines in sources for source in lines}) == 15_000
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('copy:length=x', "'copy:length=x': length needs a whole number above 0"),
+        ('copy:lenght=8', "option of copy 'lenght'; did you mean 'length'"),
+        ('copy:pairs=3', "option of copy 'pairs'"),
+        ('recall:length=15', 'length 15 with 4 pairs: length must be even'),
+        ('recall:length=16,pairs=8', 'length 16 with 8 pairs: .* room for the pairs'),
+        ('recall:length=64,pairs=27', 'at most 26'),
+        ('recall:length=16,distance=3', 'at distance 3: distance must be even'),
+        ('recall:length=16,distance=16', 'from 2 to 14'),
+    ],
+)
+def test_names_that_do_not_fit(name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_text(name)
+    assert '\n' not in str(caught.value)
+
+
+def test_splits_that_there_are_not():
+    with pytest.raises(UserError, match=r"'tset'; did you mean 'test'"):
+        load_text('copy:length=8').open('tset')
+
+
+@pytest.mark.parametrize('name', ['copy:length=16', 'recall:length=16'])
+def test_a_symbol_is_a_token(name):
+    dataset = load_text(f'{name},num_examples=300')
+    assert dataset.splits == {'train': 300, 'validation': 1000, 'test': 1000}
+    assert dataset.longest == 16
+    pairs = dataset.open('train')
+    tokenizer = Tokenizer(train_tokenizer(pairs.source, vocab_size=80, kind='char'))
+    encoded = encode_pairs(dataset.open('test'), tokenizer)
+    # SentencePiece begins a line with a token of its own.
+    np.testing.assert_array_equal(np.diff(encoded.source_offsets), np.full(1000, 17))
+    plan = Plan(encoded.lengths, make_buckets((18,), 180, 1), seed=0)
+    assert plan.too_long == 0
+    assert tokenizer.decode(tokenizer.encode(pairs.source)) == pairs.source
