@@ -70,23 +70,31 @@ def translate(params, source, target):
         carry.append((cell, hidden))
     fed, logits = np.zeros(D), []
     for token in target:
-        h = np.concatenate([table[token], fed])
+        attends = 'key' in params
+        h = np.concatenate([table[token], fed]) if attends else table[token]
         for i in range(depth):
             carry[i] = lstm(params['decoder'][f'layer{i:02d}'], *carry[i], h)
             h = carry[i][1]
-        scores = np.array([h @ (state @ params['key']['kernel']) for state in x])
-        context = reference.softmax(scores) @ x if len(x) else np.zeros(D)
-        both = np.concatenate([context, h])
-        fed = np.tanh(both @ params['decoder']['combine']['kernel'])
+        fed = attend(params, h, x) if attends else h
         kernel = params['logits']['kernel'] if 'logits' in params else table.T
         logits.append(fed @ kernel)
     return np.array(logits)
 
 
+def attend(params, h, x):
+    scores = np.array([h @ (state @ params['key']['kernel']) for state in x])
+    context = reference.softmax(scores) @ x if len(x) else np.zeros(D)
+    both = np.concatenate([context, h])
+    return np.tanh(both @ params['decoder']['combine']['kernel'])
+
+
+@pytest.mark.parametrize('attention', [True, False])
 @pytest.mark.parametrize('depth', [1, 2])
 @pytest.mark.parametrize(('share', 'tie'), [(True, True), (False, False)])
-def test_logits_equal_a_loop_over_tokens(depth, share, tie):
-    model, params = make(depth=depth, share_embeddings=share, tie_output=tie)
+def test_logits_equal_a_loop_over_tokens(attention, depth, share, tie):
+    model, params = make(
+        attention=attention, depth=depth, share_embeddings=share, tie_output=tie
+    )
     logits = reference.apply(model, params, SOURCE, TARGET)
     assert logits.dtype == jnp.float32
     expected = [translate(params, *pair) for pair in zip(SOURCE, TARGET)]
@@ -139,6 +147,16 @@ def test_what_is_encoded_is_that_of_the_sentence_without_padding():
             assert got.dtype == jnp.float32
             reference.assert_close(got[row], want[0], 1e-6)
     assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(encoded))
+
+
+def test_without_attention_the_last_state_is_all_that_is_known():
+    model, params = make(attention=False)
+    encoded = encode(model, params, SOURCE)
+    assert set(encoded) == {'carry'}
+    whole = reference.apply(model, params, SOURCE, TARGET)
+    other = np.ones_like(SOURCE)
+    out = model.apply({'params': params}, TARGET, encoded, other, method='decode')
+    reference.assert_close(out, whole, 1e-6)
 
 
 def test_a_source_of_nothing_but_padding_is_finite():
@@ -194,8 +212,9 @@ def decode_next(model, variables, target, encoded, source):
     )
 
 
-def test_cached_decoding_equals_one_pass_for_every_split():
-    model, params = make()
+@pytest.mark.parametrize('attention', [True, False])
+def test_cached_decoding_equals_one_pass_for_every_split(attention):
+    model, params = make(attention=attention)
     whole = reference.apply(model, params, SOURCE, TARGET)
     encoded = encode(model, params, SOURCE)
     for cuts in itertools.product([False, True], repeat=T - 1):
@@ -262,11 +281,12 @@ def test_each_step_drops_others():
     assert len(np.unique(np.round(vectors[0, :, 0], 5))) > 3
 
 
+@pytest.mark.parametrize('attention', [True, False])
 @pytest.mark.parametrize(
     ('share', 'tie', 'depth'), [(True, True, 2), (False, False, 1), (False, True, 3)]
 )
-def test_parameter_count(share, tie, depth):
-    model = LSTM(V, width=D, depth=depth, share_embeddings=share, tie_output=tie)
+def test_parameter_count(attention, share, tie, depth):
+    model = LSTM(V, D, depth, attention, share_embeddings=share, tie_output=tie)
     shapes = reference.init_shapes(model, SOURCE, TARGET)
 
     def cell(inputs, size):
@@ -274,10 +294,10 @@ def test_parameter_count(share, tie, depth):
 
     tables = V * D * ((1 if share else 2) + (0 if tie else 1))
     encoder = depth * 2 * cell(D, D // 2)
-    decoder = cell(2 * D, D) + (depth - 1) * cell(D, D)
-    attention = D * D + 2 * D * D
+    decoder = depth * cell(D, D)
+    attending = D * 4 * D + D * D + 2 * D * D if attention else 0  # feeding, key, W
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert count == tables + encoder + decoder + attention
+    assert count == tables + encoder + decoder + attending
 
 
 def test_bfloat16_computes_near_float32_and_keeps_states_in_it():

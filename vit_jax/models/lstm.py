@@ -1,11 +1,15 @@
-"""An LSTM encoder-decoder with attention: the baseline that the Transformer replaced.
+"""An LSTM encoder-decoder, with attention: the baseline that the Transformer replaced.
 
 "Effective Approaches to Attention-based Neural Machine Translation", arXiv 1508.04025:
 global attention with the score 'general' (section 3.1) and input feeding (section 3.3).
 The encoder reads both ways, as in arXiv 1409.0473; dropout is on the connections that
-are not recurrent, as in arXiv 1409.2329.
+are not recurrent, as in arXiv 1409.2329. Without attention it is that of "Sequence to
+Sequence Learning with Neural Networks", arXiv 1409.3215: all that the decoder knows of
+the source is the last state of the encoder.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -111,13 +115,14 @@ class BidirectionalLSTM(nn.Module):
         return states, carry
 
 
-class AttentionDecoder(nn.Module):
-    """LSTMs over the target that see what they have attended to before.
+class LSTMDecoder(nn.Module):
+    """LSTMs over the target, which see what they have attended to before.
 
     Each step is given its token beside the attentional vector of the step before
     (input feeding); the last LSTM's state h attends to the source, and the next vector
     is tanh(W [context, h]), arXiv 1508.04025, equation 5. The weights of the attention
-    are sown as `attention_weights`, `[B, 1, T, S]`.
+    are sown as `attention_weights`, `[B, 1, T, S]`. Without a source to attend to a step
+    is given its token alone, and h is what comes out.
 
     Attributes:
       width: D.
@@ -136,9 +141,9 @@ class AttentionDecoder(nn.Module):
         self,
         x: Array,
         start: tuple[Carry, ...],
-        key: Array,
-        value: Array,
-        mask: Array,
+        key: Array | None = None,
+        value: Array | None = None,
+        mask: Array | None = None,
         *,
         cached: bool = False,
         train: bool = False,
@@ -148,20 +153,20 @@ class AttentionDecoder(nn.Module):
         Args:
           x: `[B, T, D]`, embedded tokens.
           start: the (cell, hidden) that each LSTM begins with, `[B, D]` float32.
-          key, value: `[B, S, D]`, of the source.
-          mask: `[B, S]` boolean, True = a token of the source.
+          key, value: `[B, S, D]`, of the source; None: there is no attention.
+          mask: `[B, S]` boolean, True = a token of the source; None with them.
           cached: whether `x` follows the tokens of earlier calls. The collection
             'cache', which must be mutable, has what they left; it starts absent, and
             `start` is not looked at again.
           train: whether dropout is on.
 
         Returns:
-          Attentional vectors `[B, T, D]`.
+          Attentional vectors `[B, T, D]`, or states.
 
         Raises:
           UserError: for a cache of another B.
 
-        >>> decoder = AttentionDecoder(width=8, depth=1)
+        >>> decoder = LSTMDecoder(width=8, depth=1)
         >>> x, source = jnp.ones((2, 3, 8)), jnp.ones((2, 5, 8))
         >>> zeros = jnp.zeros((2, 8))
         >>> args = x, ((zeros, zeros),), source, source, jnp.ones((2, 5), bool)
@@ -180,9 +185,14 @@ class AttentionDecoder(nn.Module):
                     f'the cache has {carry[1].shape[0]} rows, the target {batch}'
                 )
 
-        def advance(self: AttentionDecoder, carry: Any, x: Array):
-            states, vector = carry
-            x, after = jnp.concatenate([x, vector], axis=-1), []
+        attend: Callable[[Array], tuple[Array, Array]] | None = None
+        if key is not None and value is not None and mask is not None:
+            attend = partial(global_attention, key=key, value=value, mask=mask)
+
+        def advance(self: LSTMDecoder, carry: Any, x: Array):
+            (states, vector), after = carry, []
+            if attend:
+                x = jnp.concatenate([x, vector], axis=-1)
             for i, state in enumerate(states):
                 x = Dropout(self.dropout_rate, name=f'dropout{i:02d}')(x, train=train)
                 cell = nn.OptimizedLSTMCell(
@@ -191,14 +201,15 @@ class AttentionDecoder(nn.Module):
                 state, x = cell(state, x)
                 x = x.astype(self.dtype)
                 after.append(state)
-            context, attn_weights = global_attention(x, key, value, mask)
-            # Of one query and one head; the scan lays the queries side by side.
-            self.sow('intermediates', 'attention_weights', attn_weights[:, None])
-            combine = nn.Dense(
-                self.width, use_bias=False, dtype=self.dtype, name='combine'
-            )
-            vector = jnp.tanh(combine(jnp.concatenate([context, x], axis=-1)))
-            return (tuple(after), vector), vector
+            if attend:
+                context, attn_weights = attend(x)
+                # Of one query and one head; the scan lays the queries side by side.
+                self.sow('intermediates', 'attention_weights', attn_weights[:, None])
+                combine = nn.Dense(
+                    self.width, use_bias=False, dtype=self.dtype, name='combine'
+                )
+                x = jnp.tanh(combine(jnp.concatenate([context, x], axis=-1)))
+            return (tuple(after), x), x
 
         scan = nn.scan(
             advance,
@@ -223,6 +234,8 @@ class LSTM(nn.Module):
         the decoder.
       depth: number of LSTMs of the encoder, and of the decoder. The last state of an
         encoder's LSTM is the first one of the decoder's at the same depth.
+      attention: whether the decoder attends to the source; if not, that state is all it
+        has of it.
       share_embeddings: whether source and target have one table of embeddings.
       tie_output: whether that of the target gives the logits too.
       dropout_rate: dropout of what each LSTM is given, but for its own state, and
@@ -237,6 +250,7 @@ class LSTM(nn.Module):
     num_classes: int
     width: int = 256
     depth: int = 2
+    attention: bool = True
     share_embeddings: bool = True
     tie_output: bool = True
     dropout_rate: float = 0.2
@@ -262,8 +276,9 @@ class LSTM(nn.Module):
         self.encoder = [
             BidirectionalLSTM(self.width, dtype=self.dtype) for _ in range(self.depth)
         ]
-        self.key = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
-        self.decoder = AttentionDecoder(
+        if self.attention:
+            self.key = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+        self.decoder = LSTMDecoder(
             self.width, self.depth, self.dropout_rate, dtype=self.dtype
         )
         self.dropout = Dropout(self.dropout_rate)
@@ -302,15 +317,18 @@ class LSTM(nn.Module):
           train: whether dropout is on.
 
         Returns:
-          'value' and 'key' of the attention, `[B, S, D]`, and 'carry', the (cell,
-          hidden) that each LSTM of the decoder begins with, `[B, D]` float32.
+          'carry', the (cell, hidden) that each LSTM of the decoder begins with,
+          `[B, D]` float32; with attention also its 'value' and 'key', `[B, S, D]`.
         """
         x, mask, carry = self.source_embedding(source), source != self.pad_id, []
         for layer in self.encoder:
             x, last = layer(self.dropout(x, train=train), mask)
             x = keep_rows(x)
             carry.append(last)
-        return {'value': x, 'key': self.key(x), 'carry': tuple(carry)}
+        encoded: dict[str, Any] = {'carry': tuple(carry)}
+        if self.attention:
+            encoded |= {'value': x, 'key': self.key(x)}
+        return encoded
 
     def decode(
         self,
@@ -328,7 +346,7 @@ class LSTM(nn.Module):
           encoded: what `encode` has made of `source`.
           source: `[B, S]` integers, for its padding.
           cached: whether `target` follows the tokens of earlier calls, see
-            `AttentionDecoder`.
+            `LSTMDecoder`.
           train: whether dropout is on.
 
         Returns:
@@ -342,12 +360,13 @@ class LSTM(nn.Module):
                 f'source and target must have as many rows: {len(source)} are not '
                 f'{len(target)}'
             )
+        attended: tuple[Array, ...] = ()
+        if self.attention:
+            attended = encoded['key'], encoded['value'], source != self.pad_id
         x = self.decoder(
             self.target_embedding(target),
             encoded['carry'],
-            encoded['key'],
-            encoded['value'],
-            source != self.pad_id,
+            *attended,
             cached=cached,
             train=train,
         )
