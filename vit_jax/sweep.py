@@ -14,16 +14,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from vit_jax.build import build
+from vit_jax.build import Run, build
 from vit_jax.config import load_config, override
 from vit_jax.errors import Stopped, UserError
+from vit_jax.evaluate import evaluate
+from vit_jax.pretrained import load_variables
 from vit_jax.summary import count_params
 from vit_jax.train import train
-from vit_jax.writer import read_evaluations
+from vit_jax.typing import Variables
+from vit_jax.writer import read_evaluations, read_metrics
+
+if TYPE_CHECKING:  # matplotlib is needed by pictures alone
+    from matplotlib.figure import Figure
 
 
 class Cell(NamedTuple):
@@ -47,11 +53,24 @@ class Cell(NamedTuple):
         return '-'.join([*parts, str(self.seed)]).replace(':', '-').replace('/', '-')
 
 
+class FinalTest(NamedTuple):
+    """What is measured of a trained model, beside the evaluations of its training.
+
+    Attributes:
+      split: overrides `dataset.eval_split`.
+      measure: (run, variables) -> what `test` of a line holds, JSON.
+    """
+
+    split: str = 'test'
+    measure: Callable[[Run, Variables], dict[str, Any]] = evaluate
+
+
 def run_sweep(
     cells: Iterable[Cell],
     results: pathlib.Path,
     workdir: pathlib.Path,
     data_dir: str | None = None,
+    test: FinalTest | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the cells that `results` does not hold, and adds a line for each.
 
@@ -60,6 +79,7 @@ def run_sweep(
       results: a JSONL file; made if it is not there.
       workdir: each cell's workdir is a folder in it.
       data_dir: overrides `dataset.data_dir`; where the data lies is no part of a cell.
+      test: what is measured after the training of a cell, or None.
 
     Returns:
       The lines of `results`, all of them.
@@ -73,7 +93,7 @@ def run_sweep(
         # As it will be read: JSON has lists for tuples.
         cell = cell._replace(overrides=json.loads(json.dumps(cell.overrides)))
         if cell not in done:
-            lines.append(_run(cell, workdir / cell.name, data_dir))
+            lines.append(_run(cell, workdir / cell.name, data_dir, test))
             with results.open('a') as file:
                 file.write(json.dumps(lines[-1]) + '\n')
     return lines
@@ -85,15 +105,19 @@ def main(
     cells: Iterable[Cell],
     render: Callable[[list[dict[str, Any]]], str],
     argv: Sequence[str] | None = None,
+    test: FinalTest | None = None,
+    draw: Callable[[list[dict[str, Any]]], 'Figure'] | None = None,
 ) -> int:
     """The command line of an experiment: runs its cells, then writes `table.md`.
 
     Args:
       description: what `--help` says.
-      folder: of the experiment, for `results.jsonl` and `table.md`.
+      folder: of the experiment, for `results.jsonl`, `table.md` and `picture.png`.
       cells: what to run.
       render: the table of the results.
       argv: arguments; None for those of the process.
+      test: see `run_sweep`.
+      draw: the picture of the results, or None.
 
     Returns:
       The exit code: 1 after an error of the user, which is told in one line; 0 when a
@@ -107,14 +131,17 @@ def main(
     args = parser.parse_args(argv)
     results = folder / 'results.jsonl'
     try:
-        table = render(run_sweep(cells, results, args.workdir, args.data_dir))
+        lines = run_sweep(cells, results, args.workdir, args.data_dir, test)
     except UserError as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 1
     except Stopped as stopped:  # as asked: no error
         print(f'{parser.prog}: {stopped}', file=sys.stderr)
         return 0
+    table = render(lines)
     (folder / 'table.md').write_text(table)
+    if draw:
+        draw(lines).savefig(folder / 'picture.png')
     print(table)
     return 0
 
@@ -133,14 +160,22 @@ def _read(results: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _run(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> dict[str, Any]:
+def _build(cell: Cell, **more: str | None) -> Run:
     values = {**cell.overrides, 'seed': cell.seed}
-    if data_dir is not None:
-        values['dataset.data_dir'] = data_dir
+    values |= {f'dataset.{k}': value for k, value in more.items() if value is not None}
     arguments = [f'--config.{key}={value}' for key, value in values.items()]
+    return build(override(load_config(cell.config), arguments), named=list(values))
+
+
+def _run(
+    cell: Cell, workdir: pathlib.Path, data_dir: str | None, test: FinalTest | None
+) -> dict[str, Any]:
     start = time.time()
-    run = build(override(load_config(cell.config), arguments), named=list(values))
+    run = _build(cell, data_dir=data_dir)
     result = train(run, workdir)
+    tested = {}
+    if test:
+        tested['test'] = _measure(cell, workdir, data_dir, test)
     return {
         **cell._asdict(),
         'accuracy': result['accuracy'],
@@ -149,12 +184,41 @@ def _run(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> dict[str, A
             for step, evaluation in read_evaluations(workdir).items()
         },
         'examples': result['examples'],
+        **tested,
+        'rates': _read_rates(workdir),
         'params': count_params(run.state_shape.variables['params']),
         'steps': run.num_steps,
         'seconds': round(time.time() - start, 1),
         'date': time.strftime('%Y-%m-%d'),
         'hardware': f'{jax.devices()[0].device_kind}, {platform.machine()}',
         'jax': jax.__version__,
+    }
+
+
+def _measure(
+    cell: Cell, workdir: pathlib.Path, data_dir: str | None, test: FinalTest
+) -> dict[str, Any]:
+    """Of the parameters that the workdir has last."""
+    run = _build(cell, data_dir=data_dir, eval_split=test.split)
+    if run.vocabulary:
+        run.vocabulary.load(workdir)
+    sharding = run.parallel.leaf_sharding
+    variables, _ = load_variables(
+        str(workdir), run.model, run.inputs, sharding=sharding
+    )
+    return test.measure(run, variables)
+
+
+def _read_rates(workdir: pathlib.Path) -> dict[str, float]:
+    """How fast training was, the median of the log lines; none times a compilation."""
+    lines = read_metrics(workdir)
+    names = {name: None for line in lines for name in line}
+    return {
+        name.removeprefix('train/'): statistics.median(
+            line[name] for line in lines if name in line
+        )
+        for name in names
+        if name == 'train/step_seconds' or name.endswith('_per_second')
     }
 
 
