@@ -83,7 +83,7 @@ def test_example_is_a_function_of_split_and_index(make):
 
 
 @pytest.mark.parametrize('make', [make_copies, make_recalls])
-def test_splits_and_tasks_have_other_random_words(make):
+def test_splits_have_no_source_in_common(make):
     sources = [make(split, 5000, length=16)[0] for split in SPLITS]
     assert len({source for lines in sources for source in lines}) == 15_000
 

@@ -1,0 +1,138 @@
+"""The experiment of distances: models of one size, what is counted, what is told."""
+
+import json
+
+import jax
+import numpy as np
+import numpy_reference as reference
+import pytest
+from test_experiments import load_script
+
+from vit_jax.build import build
+from vit_jax.config import load_config, override
+from vit_jax.data.buckets import make_buckets
+from vit_jax.data.text import load_text
+from vit_jax.data.tokenizer import BOS, EOS
+from vit_jax.errors import UserError
+from vit_jax.summary import count_params
+from vit_jax.sweep import Cell, FinalTest, main
+
+CONFIG = 'configs/long_range.py'
+TOKENS = (np.ones((1, 5), int),) * 2
+
+
+@pytest.fixture(scope='module')
+def sweep():
+    return load_script('long_range/sweep.py')
+
+
+def build_run(variant, *overrides):
+    arguments = [f'--config.{each}' for each in overrides]
+    return build(override(load_config(f'{CONFIG}:{variant}'), arguments))
+
+
+def test_models_are_of_one_size(sweep):
+    """Within 5%."""
+    runs = {model: build_run(model) for model in sweep.MODELS}
+    sizes = {
+        model: count_params(run.state_shape.variables['params'])
+        for model, run in runs.items()
+    }
+    assert sizes == {'transformer': 172_800, 'lstm': 168_368, 'lstm_plain': 169_024}
+    assert max(sizes.values()) < 1.05 * min(sizes.values())
+
+
+@pytest.mark.parametrize('name', ['copy:length=24', 'recall:length=24'])
+def test_the_bucket_follows_from_the_dataset(name):
+    run = build_run('lstm', f'dataset.name={name}')
+    assert run.batch_shape['source'].shape[1] == 26
+    assert run.metadata['text']['buckets'] == [26]
+
+
+def test_a_bucket_that_follows_from_nothing_is_told():
+    with pytest.raises(UserError, match=r"buckets is empty.*'dates' are is not known"):
+        build_run('lstm', 'dataset.name=dates')
+
+
+def test_cells_differ_and_see_no_example_twice(sweep):
+    cells = list(sweep.sweep())
+    assert len({cell.name for cell in cells}) == len(cells) == 3 * 2 * 6 * 3
+    for cell in cells:
+        dataset = load_text(cell.overrides['dataset.name'])
+        tokens = cell.overrides['text.tokens_per_batch']
+        (bucket,) = make_buckets((dataset.longest + 2,), tokens, multiple=1)
+        seen = cell.overrides['num_steps'] * bucket.rows
+        assert seen == dataset.splits['train']
+
+
+def test_symbols_alone_are_counted(sweep):
+    """A random model, against its logits of single examples."""
+    run = build_run('smoke', 'dataset.name=recall:length=12', 'text.score=none')
+    # At the beginning the likeliest token is the one that is given: never right.
+    variables = {'params': reference.random_params(run.model, *TOKENS, scale=0.5)}
+    measured = sweep.measure(run, variables)
+    pairs = run.dataset.open('validation')
+    tokenizer = run.vocabulary.tokenizer
+    apply = jax.jit(run.model.apply)
+    hits = {}
+    for source, target in zip(*pairs):
+        read, (begin, value) = tokenizer.encode([source, target])
+        logits = apply(variables, np.array([[*read, EOS]]), np.array([[BOS, begin]]))
+        hit = int(logits[0, 1].argmax()) == value
+        distance = 10 - source.index(source[-1])
+        octave = next(n for n in ('2', '4', '8', '16') if distance <= int(n))
+        hits.setdefault(octave, []).append(hit)
+    shares = {octave: sum(found) / len(found) for octave, found in hits.items()}
+    assert measured['by_distance'] == pytest.approx(shares)
+    assert sum(map(sum, hits.values())) == pytest.approx(1000 * measured['symbols'])
+    assert 0 < measured['symbols'] < 0.5
+
+
+def test_a_trained_model_is_measured_on_the_split_that_is_asked_for(
+    sweep, tmp_path, monkeypatch
+):
+    seen = []
+
+    def measure(run, variables):
+        seen.append(run.metadata['eval_split'])
+        return sweep.measure(run, variables)
+
+    cell = Cell(f'{CONFIG}:smoke', {'text.score': 'none', 'log.every_steps': 2}, 0)
+    arguments = [f'--workdir={tmp_path / "runs"}']
+    rest = {'argv': arguments, 'test': FinalTest('test', measure), 'draw': sweep.draw}
+    assert main('Distances.', tmp_path, [cell], sweep.render, **rest) == 0
+    assert seen == ['test']
+    line = json.loads((tmp_path / 'results.jsonl').read_text())
+    assert set(line['test']) == {'symbols'}
+    assert line['rates']['step_seconds'] > 0
+    assert line['rates']['tokens_per_second'] > 0
+    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
+    assert 'not run' in (tmp_path / 'table.md').read_text()
+
+
+def make_line(sweep, model, learning_rate, accuracy, symbols):
+    cell = sweep.make_cell('recall', 512, model, learning_rate)
+    return {
+        **cell._asdict(),
+        'accuracy': accuracy,
+        'params': 168_368,
+        'test': {'symbols': symbols, 'by_distance': {'4': 0.5, '512': 0.25}},
+        'rates': {'tokens_per_second': 12345.6},
+    }
+
+
+def test_the_learning_rate_is_chosen_by_validation_and_told_by_test(sweep):
+    lines = [
+        make_line(sweep, 'lstm', 1e-3, accuracy=0.7, symbols=0.9),
+        make_line(sweep, 'lstm', 3e-3, accuracy=0.8, symbols=0.6),
+    ]
+    assert sweep.choose(lines, 'recall', 512, 'lstm') is None  # one has not run
+    lines.append(make_line(sweep, 'lstm', 1e-2, accuracy=0.75, symbols=0.7))
+    table = sweep.render(lines)
+    assert '| recall | LSTM with attention | 168,368 |' in table
+    assert '| 60.0 (0.003) |' in table
+    assert '| LSTM with attention | not run | 50.0 | not run |' in table
+    axes = sweep.draw(lines).axes
+    assert axes[1].lines[1].get_xydata().tolist() == [[512, 60]]
+    points = axes[2].lines[1].get_xydata().tolist()
+    assert points == [[4, 50], [512, 25]]
