@@ -1,0 +1,223 @@
+"""Transformer and LSTM, with attention and without, where what counts is far away.
+
+    python experiments/long_range/sweep.py --workdir=/tmp/long_range
+
+Runs every cell that `results.jsonl` does not hold yet, then writes `table.md` and
+`picture.png`.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vit_jax.build import Run
+from vit_jax.data.tokenizer import PAD
+from vit_jax.sweep import Cell, FinalTest, main
+from vit_jax.tasks.translate import shift_right
+from vit_jax.typing import Batch, Variables
+
+HERE = pathlib.Path(__file__).parent
+CONFIG = 'configs/long_range.py'
+MODELS = {
+    'transformer': 'Transformer',
+    'lstm': 'LSTM with attention',
+    'lstm_plain': 'LSTM',
+}
+TASKS = ('copy', 'recall')
+LENGTHS = (16, 32, 64, 128, 256, 512)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+STEPS = 1500
+TOKENS = 2056  # of each side, in a batch: 4 rows of length 512, 114 of length 16
+SEED = 0
+
+
+def sweep() -> Iterator[Cell]:
+    """Every cell, the short ones first."""
+    for length in LENGTHS:
+        for task in TASKS:
+            for model in MODELS:
+                for learning_rate in LEARNING_RATES:
+                    yield make_cell(task, length, model, learning_rate)
+
+
+def make_cell(task: str, length: int, model: str, learning_rate: float) -> Cell:
+    """One run, which sees no example twice."""
+    num_examples = STEPS * (TOKENS // (length + 2))
+    overrides = {
+        'dataset.name': f'{task}:length={length},num_examples={num_examples}',
+        'optim.learning_rate': learning_rate,
+        'num_steps': STEPS,
+        'text.tokens_per_batch': TOKENS,
+        'text.score': 'none',  # `measure` is what counts, and needs no decoding
+        'eval.every_steps': STEPS,
+        'checkpoint.every_steps': STEPS,
+    }
+    return Cell(f'{CONFIG}:{model}', overrides, SEED)
+
+
+def measure(run: Run, variables: Variables) -> dict:
+    """The share of symbols of the target that are the likeliest, given those before.
+
+    What begins and ends a line is not counted, which `accuracy` of an evaluation does.
+
+    Args:
+      run: of a split.
+      variables: the model's.
+
+    Returns:
+      'symbols', the share; of recall also 'by_distance', the share of questions by the
+      distance of the pair, up to each power of two.
+    """
+
+    @jax.jit
+    def hits_of(batch: Batch):
+        target = batch['target']
+        logits = run.model.apply(variables, batch['source'], shift_right(target))
+        # Between the token that begins a line and EOS.
+        counted = jnp.pad(target[:, 2:] != PAD, ((0, 0), (1, 1)))
+        return jnp.sum((jnp.argmax(logits, -1) == target) & counted, 1), counted.sum(1)
+
+    pairs = run.dataset.open(run.metadata['eval_split'])
+    shares = np.zeros(len(pairs.source))
+    with closing(run.eval_data()) as batches:
+        for batch in batches:
+            kept = batch['index'] >= 0
+            hits, counted = jax.device_get(hits_of(batch))
+            shares[batch['index'][kept]] = hits[kept] / counted[kept]
+    result: dict = {'symbols': float(shares.mean())}
+    if run.dataset.name.startswith('recall'):
+        # The key that is asked for stands last; the question begins two from the end.
+        distances = [len(s) - 2 - s.index(s[-1]) for s in pairs.source]
+        octaves = 2 ** np.ceil(np.log2(distances)).astype(int)
+        result['by_distance'] = {
+            str(octave): float(shares[octaves == octave].mean())
+            for octave in np.unique(octaves)
+        }
+    return result
+
+
+def choose(lines: list[dict], task: str, length: int, model: str) -> dict | None:
+    """The line of the best learning rate by validation, when all of them have run."""
+    cells = [make_cell(task, length, model, rate) for rate in LEARNING_RATES]
+    found = [
+        line
+        for line in lines
+        if Cell(line['config'], line['overrides'], line['seed']) in cells
+    ]
+    if len(found) < len(cells):
+        return None
+    return max(found, key=lambda line: line['accuracy'])
+
+
+def render(lines: list[dict]) -> str:
+    """The tables: accuracy by length, recall by distance, speed."""
+    return (
+        '\n'.join([*_accuracies(lines), '', *_distances(lines), '', *_speeds(lines)])
+        + '\n'
+    )
+
+
+def _accuracies(lines: list[dict]) -> Iterator[str]:
+    yield 'Symbols right, in per cent of the test split (learning rate):'
+    yield ''
+    yield f'| task | model | parameters | {" | ".join(map(str, LENGTHS))} |'
+    yield '| --- ' * (3 + len(LENGTHS)) + '|'
+    for task in TASKS:
+        for model, title in MODELS.items():
+            best = [choose(lines, task, length, model) for length in LENGTHS]
+            params = next((f'{line["params"]:,}' for line in best if line), 'not run')
+            cells = [
+                f'{100 * line["test"]["symbols"]:.1f} '
+                f'({line["overrides"]["optim.learning_rate"]:g})'
+                if line
+                else 'not run'
+                for line in best
+            ]
+            yield f'| {task} | {title} | {params} | {" | ".join(cells)} |'
+
+
+def _distances(lines: list[dict]) -> Iterator[str]:
+    octaves = [str(2**i) for i in range(1, 10)]
+    yield (
+        f'Recall at length {LENGTHS[-1]}, in per cent, by the distance of the pair, up '
+        'to:'
+    )
+    yield ''
+    yield f'| model | {" | ".join(octaves)} |'
+    yield '| --- ' * (1 + len(octaves)) + '|'
+    for model, title in MODELS.items():
+        line = choose(lines, 'recall', LENGTHS[-1], model)
+        shares = line['test']['by_distance'] if line else {}
+        cells = [
+            f'{100 * shares[octave]:.1f}' if octave in shares else 'not run'
+            for octave in octaves
+        ]
+        yield f'| {title} | {" | ".join(cells)} |'
+
+
+def _speeds(lines: list[dict]) -> Iterator[str]:
+    yield 'Training, in tokens of the target per second, of copy:'
+    yield ''
+    yield f'| model | {" | ".join(map(str, LENGTHS))} |'
+    yield '| --- ' * (1 + len(LENGTHS)) + '|'
+    for model, title in MODELS.items():
+        best = [choose(lines, 'copy', length, model) for length in LENGTHS]
+        cells = [
+            f'{line["rates"]["tokens_per_second"]:,.0f}' if line else 'not run'
+            for line in best
+        ]
+        yield f'| {title} | {" | ".join(cells)} |'
+
+
+def draw(lines: list[dict]) -> Figure:
+    """Accuracy by length of each task, and of recall by distance at the last length."""
+    best = {
+        (task, model): {n: choose(lines, task, n, model) for n in LENGTHS}
+        for task in TASKS
+        for model in MODELS
+    }
+
+    def by_length(task: str, model: str) -> dict[int, float]:
+        found = best[task, model].items()
+        return {n: line['test']['symbols'] for n, line in found if line}
+
+    def by_distance(model: str) -> dict[int, float]:
+        line = best['recall', model][LENGTHS[-1]]
+        shares = line['test']['by_distance'] if line else {}
+        return {int(octave): share for octave, share in shares.items()}
+
+    panels = (
+        ('copy', 'symbols of the source', partial(by_length, 'copy')),
+        ('recall', 'symbols of the source', partial(by_length, 'recall')),
+        (f'recall at length {LENGTHS[-1]}', 'symbols to the question', by_distance),
+    )
+    figure = Figure(figsize=(10, 3.2), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, label, points_of) in zip(all_axes, panels):
+        for model, name in MODELS.items():
+            points = points_of(model)
+            shares = [100 * share for share in points.values()]
+            axes.plot(list(points), shares, 'o-', ms=4, label=name)
+        axes.set_xscale('log', base=2)
+        axes.set_ylim(0, 105)
+        axes.set_title(title, size=10)
+        axes.set_xlabel(label)
+        axes.spines[['top', 'right']].set_visible(False)
+    all_axes[0].set_ylabel('right, %')
+    all_axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+if __name__ == '__main__':
+    sys.exit(
+        main(__doc__, HERE, sweep(), render, test=FinalTest('test', measure), draw=draw)
+    )
