@@ -40,7 +40,7 @@ def test_the_smoke_variant_trains(path, tmp_path):
     run = build(load_config(f'{path}:smoke'))
     result = train(run, tmp_path)
     assert run.num_steps == 3
-    assert result['examples'] in (64, 359, 1000)
+    assert result['examples'] in (64, 359)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ import flax.struct
 
 from vit_jax.errors import UserError
 from vit_jax.layers.blocks import DecoderBlock, EncoderBlock
-from vit_jax.models.lstm import AttentionDecoder
+from vit_jax.models.lstm import LSTMDecoder
 from vit_jax.sown import Path, run_and_capture
 from vit_jax.typing import Array, Variables
 
@@ -99,7 +99,7 @@ def sequence_maps(
 def _kind(modules: dict[Path, nn.Module], path: Path) -> str | None:
     """Of the attention module at a path; None of one that is not known."""
     module, block = modules[path], modules.get(path[:-1])
-    if isinstance(module, AttentionDecoder):
+    if isinstance(module, LSTMDecoder):
         return 'cross'
     if isinstance(block, EncoderBlock):
         return 'encoder'

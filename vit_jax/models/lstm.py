@@ -121,8 +121,8 @@ class LSTMDecoder(nn.Module):
     Each step is given its token beside the attentional vector of the step before
     (input feeding); the last LSTM's state h attends to the source, and the next vector
     is tanh(W [context, h]), arXiv 1508.04025, equation 5. The weights of the attention
-    are sown as `attention_weights`, `[B, 1, T, S]`. Without a source to attend to a step
-    is given its token alone, and h is what comes out.
+    are sown as `attention_weights`, `[B, 1, T, S]`. Without a source to attend to, a
+    step is given its token alone, and h is what comes out.
 
     Attributes:
       width: D.
