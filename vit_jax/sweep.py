@@ -127,7 +127,9 @@ def main(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--workdir', required=True, type=pathlib.Path)
-    parser.add_argument('--data_dir', help='of datasets that TFDS has prepared')
+    parser.add_argument(
+        '--data_dir', help='where datasets lie, config.dataset.data_dir'
+    )
     args = parser.parse_args(argv)
     results = folder / 'results.jsonl'
     try:
@@ -173,18 +175,24 @@ def _run(
     start = time.time()
     run = _build(cell, data_dir=data_dir)
     result = train(run, workdir)
-    tested = {}
+    evaluations = read_evaluations(workdir)
+    more: dict[str, Any] = {}
+    if run.score:
+        more['scores'] = {  # of every evaluation
+            str(step): {name: evaluation[name] for name in run.score.names}
+            for step, evaluation in evaluations.items()
+        }
     if test:
-        tested['test'] = _measure(cell, workdir, data_dir, test)
+        more['test'] = _measure(cell, workdir, data_dir, test)
     return {
         **cell._asdict(),
         'accuracy': result['accuracy'],
         'accuracies': {  # of every evaluation
             str(step): evaluation['accuracy']
-            for step, evaluation in read_evaluations(workdir).items()
+            for step, evaluation in evaluations.items()
         },
         'examples': result['examples'],
-        **tested,
+        **more,
         'rates': _read_rates(workdir),
         'params': count_params(run.state_shape.variables['params']),
         'steps': run.num_steps,
