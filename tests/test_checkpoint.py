@@ -200,10 +200,11 @@ def test_shapes_on():
 
 
 @pytest.mark.parametrize(
-    ('metric', 'best'), [('accuracy', 10), ('loss', 20), ('ema_accuracy', 30)]
+    ('metric', 'best'),
+    [('accuracy', 10), ('loss', 20), ('ema_accuracy', 30), ('perplexity', 20)],
 )
 def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
-    scores = {  # accuracy, loss, ema_accuracy
+    scores = {  # accuracy, loss and as perplexity, ema_accuracy
         10: (0.9, 0.5, 0.1),
         20: (0.2, 0.3, 0.2),
         30: (0.3, 0.4, 0.6),
@@ -216,6 +217,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     for step, values in scores.items():  # each of them after an interruption
         with Checkpoints(tmp_path, 1, 10, keep_best=metric) as checkpoints:
             evaluation = dict(zip(names, values))
+            evaluation['perplexity'] = evaluation['loss']
             if step == 20:  # after a stop, the evaluation comes after the checkpoint
                 checkpoints.save(step, make_state(step), {'config': config})
                 checkpoints.note(step, evaluation)
