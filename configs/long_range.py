@@ -51,4 +51,5 @@ def get_config(variant=None):
         config.optim.warmup_steps = 1
         config.text.tokens_per_batch = 640
         config.dataset.name = 'copy:length=8,num_examples=64'
+        config.dataset.eval_split = 'train'
     return config

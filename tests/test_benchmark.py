@@ -92,6 +92,9 @@ def make_run(**values):
     return build(config)
 
 
+METRICS = {'loss': (np.ones(()), np.ones(()))}
+
+
 class Telling:
     """Time that passes when it is told to."""
 
@@ -111,7 +114,7 @@ def test_steps_are_timed_after_those_of_the_warm_up(monkeypatch):
 
     def step(state, batch):
         seen.append((state, batch))
-        return clock.work(3.0 if state else 100.0, (state + 1, {}))
+        return clock.work(3.0 if state else 100.0, (state + 1, METRICS))
 
     batches = (clock.work(1.0 if i else 100.0, f'batch {i}') for i in range(99))
     counting = telemetry.Clock(make_run())
@@ -126,7 +129,7 @@ def test_a_call_of_several_steps(monkeypatch):
     clock = Telling(monkeypatch)
 
     def step(state, batch):
-        return clock.work(6.0, (state, {}))
+        return clock.work(6.0, (state, METRICS))
 
     counting = telemetry.Clock(make_run())
     _, seconds = time_steps(step, 0, itertools.repeat(None), 3, counting, size=2)

@@ -65,7 +65,7 @@ def by_library(workdir, target=None):
 
     def pad(line):
         (ids,) = tokenizer.encode([line])
-        return np.pad([*ids, EOS], (0, 15 - ids.size), constant_values=PAD)[None]
+        return np.pad([*ids, EOS], (0, 39 - ids.size), constant_values=PAD)[None]
 
     source = pad(SOURCE)
     if target is None:

@@ -115,7 +115,7 @@ def test_check_data(run):
 def test_what_is_for_images_says_so(fails, dates, make_image, tmp_path):
     image = make_image('a.png', 8, 8)
     line = fails('predict', f'--weights={dates}', image)
-    assert line == (f'{dates} is of a model of sentences; `vit_jax translate` runs it')
+    assert line.startswith(f'{dates} is of a model of sentences; `vit_jax translate`')
     assert 'images' in fails('evaluate', f'--workdir={dates}', '--probe=knn')
     assert 'translate' in fails('export', dates, tmp_path / 'out')
 

@@ -150,12 +150,25 @@ def transformer_params(width, depth, mlp_dim, vocabulary):
     return vocabulary * width + encoder + decoder
 
 
+def lstm_params(width, depth, vocabulary):
+    """Both directions of the encoder, each of half the width; arXiv 1508.04025."""
+
+    def cell(inputs, hidden):
+        return 4 * hidden * (inputs + hidden + 1)
+
+    encoder = depth * 2 * cell(width, width // 2)
+    decoder = cell(2 * width, width) + (depth - 1) * cell(width, width)
+    attention = width * width + 2 * width * width  # W_a and W_c
+    return vocabulary * width + encoder + decoder + attention
+
+
 # Of 37,000 pieces of words, as in the paper's section 5.1.
 PIECES = 37_000
 SEQUENCE = {
     'Transformer-tiny': transformer_params(128, 4, 256, PIECES),
     'Transformer-base': transformer_params(512, 6, 2048, PIECES),
     'Transformer-big': transformer_params(1024, 6, 4096, PIECES),
+    'LSTM-tiny': lstm_params(160, 2, PIECES),
 }
 
 
