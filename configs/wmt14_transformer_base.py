@@ -25,6 +25,7 @@ def get_config(variant=None):
     variant = choose_variant(variant, 'smoke')
     config = default_config('translate')
     config.model.name = 'Transformer-base'
+    config.model.kwargs = {'max_length': 512}
     config.dataset.name = 'wmt14_translate/de-en?src=en&tgt=de'
     config.dataset.eval_split = 'validation'
     config.text.vocab_size = 37_000

@@ -1,6 +1,5 @@
 """Translation: the task, its data and scores, over devices and interruptions."""
 
-import dataclasses
 import itertools
 import math
 import shutil
@@ -18,12 +17,11 @@ from vit_jax.build import build
 from vit_jax.config import default_config
 from vit_jax.data.buckets import make_buckets
 from vit_jax.data.text import load_text
-from vit_jax.data.tokenizer import BOS, EOS, PAD, UNK
+from vit_jax.data.tokenizer import BOS, EOS, PAD, UNK, train_tokenizer
 from vit_jax.data.vocabulary import FILE
 from vit_jax.decode import beam_search
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
-from vit_jax.parallel import Parallel
 from vit_jax.tasks.translate import shift_right, token_metrics
 from vit_jax.train import train
 from vit_jax.translation import Decoding, decode_batch
@@ -84,14 +82,17 @@ def test_metrics_of_tokens_by_hand():
 
 def losses_and_evaluation(num_devices, mode, **mesh):
     """Of some steps on the first devices."""
-    # One bucket: each shape is a program of its own.
-    run = build(small_eval(make_config(accum_steps=2, **{'text.buckets': (40,)})))
-    parallel = Parallel(mode, tuple(jax.devices()[:num_devices]), accum_steps=2, **mesh)
-    score = dataclasses.replace(
-        run.score,
-        translator=dataclasses.replace(run.score.translator, parallel=parallel),
-    )
-    run = dataclasses.replace(run, parallel=parallel, score=score)
+    # One bucket, for each shape is a program of its own; of 15 examples, which eight
+    # devices cannot share.
+    values = {'text.buckets': (40,), 'text.tokens_per_batch': 15 * 40}
+    values |= {f'parallel.{axis}': size for axis, size in mesh.items()}
+    devices = jax.devices()[:num_devices]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda: devices)
+        config = make_config(accum_steps=2, **values, **{'parallel.mode': mode})
+        run = build(small_eval(config))
+    parallel = run.parallel
+    assert len(parallel.devices) == num_devices
     state = parallel.init(run.init)
     step = parallel.train_step(run.train_step, run.state_shape)
     losses = []
@@ -100,7 +101,9 @@ def losses_and_evaluation(num_devices, mode, **mesh):
             state, metrics = step(state, batch)
             total, weight = metrics['loss']
             losses.append(float(total / weight))
-    return losses, evaluate(run, state.variables)
+    with closing(run.eval_data()) as batches:
+        tokens = run.score.translator.decode(state.variables, batches)
+    return losses, evaluate(run, state.variables), tokens
 
 
 @pytest.fixture(scope='module')
@@ -113,13 +116,17 @@ def on_one_device():
 )
 def test_eight_devices_give_the_losses_of_one(on_one_device, mode, mesh, monkeypatch):
     monkeypatch.setattr(vit_jax.sharding, 'MIN_SIZE', 2)  # so that all is sharded
-    losses, found = losses_and_evaluation(8, mode, **mesh)
-    expected_losses, expected = on_one_device
+    losses, found, tokens = losses_and_evaluation(8, mode, **mesh)
+    expected_losses, expected, expected_tokens = on_one_device
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert found['examples'] == 200
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=2e-5)
+    assert tokens.keys() == expected_tokens.keys() == set(range(200))
+    same = [(tokens[i] == expected_tokens[i]).all() for i in range(200)]
+    assert np.mean(same) > 0.98  # logits that are nearly equal may change places
+    assert len({row.tobytes() for row in tokens.values()}) > 1
 
 
 def test_rows_of_padding_change_no_gradient():
@@ -184,6 +191,38 @@ def test_the_tokenizer_is_that_of_the_run(workdir, tmp_path):
     run = build(small_eval(make_config(num_steps=6)))
     with pytest.raises(UserError, match='tokenizer of 7 bytes is damaged'):
         train(run, again, allow_changes=True)
+
+
+def test_tokens_that_got_lost_are_not_learned_anew(workdir, tmp_path):
+    run, path, _ = workdir
+    again = tmp_path / 'again'
+    shutil.copytree(path, again)
+    (again / FILE).unlink()
+    with pytest.raises(UserError, match=r'tokenizer\.model cannot be read: No such'):
+        train(run, again)
+
+
+def test_other_tokens_or_pairs_are_not_gone_on_with(workdir, tmp_path):
+    _, path, _ = workdir
+    again = tmp_path / 'again'
+    shutil.copytree(path, again)
+    values = {'num_steps': 6, 'checkpoint.every_steps': 3, 'text.buckets': (24, 40)}
+    values['dataset.name'] = 'dates:num_examples=150'
+    with pytest.raises(UserError, match='num_train_examples 200, now it is 150'):
+        train(build(make_config(**values)), again, allow_changes=True)
+    lines = load_text('dates:num_examples=150').open('train').source
+    (again / FILE).write_bytes(train_tokenizer(lines, 100, 'char'))
+    values['dataset.name'] = 'dates:num_examples=200'
+    with pytest.raises(UserError, match='was begun with tokenizer '):
+        train(build(make_config(**values)), again, allow_changes=True)
+
+
+def test_who_starts_from_weights_has_their_tokens(workdir, tmp_path):
+    _, path, _ = workdir
+    values = {'init.weights': f'{path}@latest', 'optim.learning_rate': 0.0}
+    values |= {'dataset.name': 'dates:num_examples=31', 'num_steps': 1}
+    train(build(make_config(**values)), tmp_path / 'new')
+    assert (tmp_path / 'new' / FILE).read_bytes() == (path / FILE).read_bytes()
 
 
 def test_a_tokenizer_that_is_missing_or_of_another_run(workdir, tmp_path):
@@ -324,7 +363,9 @@ def test_bleu_is_that_of_sacrebleu():
     ('values', 'message'),
     [
         ({'text.score': 'blue'}, "unknown text.score 'blue'; did you mean 'bleu'"),
-        ({'text.tokens_per_batch': 40}, 'tokens_per_batch 40 has no room for 8 rows'),
+        ({'text.tokens_per_batch': 39}, 'tokens_per_batch 39 has no room for 40'),
+        ({'text.extra_length': 300}, 'may have 340 tokens .* holds 256'),
+        ({'dataset.placement': 'device'}, 'placement is set to .* does not read it'),
         ({'text.buckets': (16, 8)}, 'config.text.buckets must be ascending'),
         ({'num_steps': None, 'num_epochs': 3.0}, 'set config.num_steps: steps of text'),
         ({'dataset.image_size': (8, 8)}, 'image_size is set to .* does not read it'),

@@ -85,7 +85,8 @@ class Run:
       eval_step: (variables, batch) -> metrics; pure.
       train_data: position -> endless host batches, this process's rows.
       feed: (steps made, position) -> what `train_steps` is given.
-      position_per_step, seen, units, inputs, vocabulary: see `TaskData`.
+      position_per_step, seen, units, inputs, vocabulary, read_facts: see
+        `TaskData`.
       score: further metrics of an evaluation, or None.
       eval_data: () -> host batches, every example of the split once.
       probe_data: the same of the examples to train on, not augmented; or None.
@@ -122,6 +123,7 @@ class Run:
     inputs: Inputs
     score: Score | None
     vocabulary: Vocabulary | None
+    read_facts: Callable[[], dict[str, Any]]
     schedule: optax.Schedule
     parallel: Parallel
     state_shape: TrainState
@@ -199,7 +201,7 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
         task.train_step, model=model, tx=tx, rng=step_rng, settings=settings
     )
     eval_step = partial(task.eval_step, model=model, settings=settings)
-    periods = _periods(c, parallel)
+    periods = _periods(c, parallel, data)
     train_steps: Callable = train_step
     feed: Callable
     if data.make_batch is None:
@@ -240,6 +242,7 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
         inputs=data.inputs,
         score=score,
         vocabulary=data.vocabulary,
+        read_facts=data.read_facts,
         schedule=schedule,
         parallel=parallel,
         state_shape=jax.eval_shape(init),  # a model that does not fit fails here
@@ -289,21 +292,20 @@ def _param_shapes(c: ConfigReader, model: nn.Module, inputs: Inputs) -> Any:
     return jax.eval_shape(init, {'params': jax.random.key(0)}, *inputs)['params']
 
 
-def _periods(c: ConfigReader, parallel: Parallel) -> Periods:
+def _periods(c: ConfigReader, parallel: Parallel, data: TaskData) -> Periods:
     # Read by `cluster.join`, before there are devices: a key of every run.
     _ = c.parallel.heartbeat_seconds
     return Periods(
         log=c.log.every_steps,
         evaluate=c.eval.every_steps,
         save=c.checkpoint.every_steps,
-        call=_steps_per_call(c, parallel),
+        # Read only where it counts, so that setting it elsewhere is an error.
+        call=_steps_per_call(c, parallel) if data.make_batch else 1,
         profile=_profile_steps(c.log.profile_steps),
     )
 
 
 def _steps_per_call(c: ConfigReader, parallel: Parallel) -> int | None:
-    if c.dataset.placement == 'host':
-        return 1
     steps = c.dataset.steps_per_call
     return 1 if steps is None and parallel.devices[0].platform == 'cpu' else steps
 

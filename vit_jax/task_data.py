@@ -85,6 +85,7 @@ class TaskData:
       probe_data: the same of the examples to train on, not augmented, or None.
       vocabulary: of text; None for images.
       facts: for the metadata of a checkpoint.
+      read_facts: () -> more of them, for which the data must be read.
     """
 
     dataset: Source
@@ -101,6 +102,7 @@ class TaskData:
     probe_data: Callable[[], Watch] | None = None
     vocabulary: Vocabulary | None = None
     facts: dict[str, Any]
+    read_facts: Callable[[], dict[str, Any]] = dict
 
 
 def count_steps(c: ConfigReader, data: TaskData) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,9 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
         # In turns: where only the first lines are learned from, they are of both.
         return itertools.chain.from_iterable(zip(pairs.source, pairs.target))
 
-    vocabulary = Vocabulary(train_lines, c.text.vocab_size, c.text.tokenizer)
+    vocabulary = Vocabulary(
+        train_lines, c.text.vocab_size, c.text.tokenizer, c.init.weights
+    )
 
     def read(split: str) -> Encoded:
         return encode_pairs(dataset.open(split), vocabulary.tokenizer)
@@ -102,6 +105,13 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
             'epoch': position / plan.batches_per_epoch,
         }
 
+    def read_facts() -> dict[str, Any]:
+        encoded, _ = planned()
+        return {
+            'num_train_examples': len(encoded),
+            'tokenizer': vocabulary.digest,
+        }
+
     eval_split = c.dataset.eval_split or pick_eval_split(dataset)
 
     @functools.cache
@@ -126,6 +136,7 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
         train_data=train_data,
         position_per_step=1,
         seen=seen,
+        read_facts=read_facts,
         eval_data=eval_data,
         vocabulary=vocabulary,
         buckets=buckets,

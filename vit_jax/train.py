@@ -58,9 +58,10 @@ def train(
         Checkpoints(workdir, run.keep, run.periods.save, run.keep_best) as checkpoints,
     ):
         if run.vocabulary:
-            run.vocabulary.keep(workdir)
+            run.vocabulary.keep(workdir, begun=checkpoints.latest_step() is not None)
         run.eval_data().close()  # data that is not there is missed now, not at the end
-        _check_continues(run, checkpoints)
+        about = {**run.metadata, **run.read_facts()}
+        _check_continues(run, checkpoints, about)
 
         # State and position in the data: the newest checkpoint's, or the beginning.
         shardings = run.parallel.state_sharding(run.state_shape)
@@ -107,7 +108,7 @@ def train(
 
             def save(evaluation: dict[str, float] | None = None) -> None:
                 recent.fetch(step, state.variables['params'])  # raises if not finite
-                metadata = {**run.metadata, 'position': position}
+                metadata = {**about, 'position': position}
                 checkpoints.save(step, state, metadata, evaluation)
                 clock.start()
 
@@ -190,7 +191,7 @@ def _evaluates(run: Run, step: int) -> bool:
     return step % run.periods.evaluate == 0 or step == run.num_steps
 
 
-def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
+def _check_continues(run: Run, checkpoints: Checkpoints, about: dict[str, Any]) -> None:
     """Raises UserError if the data or the model is not that of the checkpoint."""
     step = checkpoints.latest_step()
     if step is None:
@@ -199,10 +200,11 @@ def _check_continues(run: Run, checkpoints: Checkpoints) -> None:
         there = checkpoints.load_metadata(step)
     except UserError:
         return  # a damaged checkpoint is not gone on from
-    here = json.loads(json.dumps(run.metadata))
+    here = json.loads(json.dumps(about))
     # Older checkpoints say less of their model.
     here['model'] = {k: v for k, v in here['model'].items() if k in there['model']}
-    for key in ('model', 'class_names', 'num_train_examples', 'teacher'):
+    keys = ('model', 'class_names', 'num_train_examples', 'teacher', 'tokenizer')
+    for key in keys:
         if there.get(key) != here.get(key):
             way = 'choose another --workdir'
             if key == 'teacher' and there.get(key):  # whose own run has gone on

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from typing import Any
@@ -101,7 +102,8 @@ def to_text(rows: Sequence[np.ndarray], tokenizer: Tokenizer) -> list[str]:
     there are characters): what a model that has learned little says beyond is UNK.
     """
     size = tokenizer.vocab_size
-    return tokenizer.decode([np.where(row < size, row, UNK) for row in rows])
+    texts = tokenizer.decode([np.where(row < size, row, UNK) for row in rows])
+    return [re.sub(r'[\r\n]+', ' ', text) for text in texts]  # of single bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +264,11 @@ class TranslationScore:
             tokens = self.translator.decode(variables, batches)
         references = self.references()
         rows = [tokens[i] for i in range(len(references))]
-        texts = to_text(rows, self.tokenizer())
+        tokenizer = self.tokenizer()
+        texts = to_text(rows, tokenizer)
         if self.kind == 'exact_match':
+            # Of text as the tokenizer has it: with single spaces, for one.
+            references = tokenizer.decode(tokenizer.encode(references))
             hits = [text == wanted for text, wanted in zip(texts, references)]
             return {**result, 'exact_match': float(np.mean(hits))}
         for name, lowercase in (('bleu', False), ('bleu_lower_case', True)):

@@ -118,6 +118,7 @@ def test_what_is_for_images_says_so(fails, dates, make_image, tmp_path):
     assert line.startswith(f'{dates} is of a model of sentences; `vit_jax translate`')
     assert 'images' in fails('evaluate', f'--workdir={dates}', '--probe=knn')
     assert 'translate' in fails('export', dates, tmp_path / 'out')
+    assert 'not converted' in fails('convert', dates, tmp_path / 'out')
 
 
 def test_benchmark(run, fails):

@@ -105,31 +105,42 @@ def test_encoded_pairs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('lengths', 'tokens', 'multiple', 'rows'),
+    ('lengths', 'tokens', 'multiple', 'rows', 'padding'),
     [
-        ((16, 32, 64, 128), 4096, 8, [256, 128, 64, 32]),
-        ((5, 7, 11), 100, 3, [18, 12, 9]),  # of 20, 14 and 9 that would fit
-        ((13,), 13, 1, [1]),
-        ((13,), 26, 2, [2]),
+        ((16, 32, 64, 128), 4096, 8, [256, 128, 64, 32], [0, 0, 0, 0]),
+        ((5, 7, 11), 100, 3, [21, 15, 9], [1, 1, 0]),  # 20, 14 and 9 fit
+        ((13,), 13, 1, [1], [0]),
+        ((13,), 26, 2, [2], [0]),
+        ((13,), 13, 8, [8], [7]),
     ],
 )
-def test_rows_fill_the_budget(lengths, tokens, multiple, rows):
+def test_examples_fill_the_budget(lengths, tokens, multiple, rows, padding):
     buckets = make_buckets(lengths, tokens, multiple)
-    assert buckets == tuple(map(Bucket, lengths, rows))
+    assert buckets == tuple(map(Bucket, lengths, rows, padding))
 
 
-@pytest.mark.parametrize(('lengths', 'tokens'), [((5, 13), 38), ([13], 12)])
+def test_examples_of_a_batch_do_not_depend_on_the_devices():
+    lengths = np.random.default_rng(0).integers(2, 14, 97)
+    plans = [Plan(lengths, make_buckets((5, 13), 40, n), seed=3) for n in (1, 3, 8)]
+    for index in range(plans[0].batches_per_epoch):
+        first, *others = (plan.batch_at(index)[1].tolist() for plan in plans)
+        assert others == [first, first]
+
+
+@pytest.mark.parametrize(('lengths', 'tokens'), [((5, 13), 12), ([13], 11)])
 def test_budgets_that_are_too_small(lengths, tokens):
     with pytest.raises(
-        UserError, match=r'text\.tokens_per_batch .*at least 39'
+        UserError, match=r'text\.tokens_per_batch .* no room for 13 tokens'
     ) as told:
         make_buckets(lengths, tokens, 3)
     assert 'config.text.buckets' in str(told.value)
     assert '\n' not in str(told.value)
-    assert make_buckets(lengths, 39, 3)[-1].rows == 3
+    assert make_buckets(lengths, 13, 3)[-1] == Bucket(13, 3, 2)
 
 
-@pytest.mark.parametrize('lengths', [(), (16, 8), (8, 8), (1, 8), (0,)])
+@pytest.mark.parametrize(
+    'lengths', [(), (16, 8), (8, 8), (1, 8), (0,), ('a', 'b'), (2.5, 4)]
+)
 def test_lengths_that_do_not_fit(lengths):
     with pytest.raises(UserError, match=r'config\.text\.buckets must be ascending'):
         make_buckets(lengths, 4096, 1)
@@ -239,8 +250,9 @@ def test_every_plan(lengths, ends, tokens, multiple, seed, epoch):
     buckets = make_buckets(ends, tokens, multiple)
     for bucket in buckets:
         assert bucket.rows % multiple == 0 < bucket.rows
-        assert bucket.rows * bucket.length <= tokens
-        assert (bucket.rows + multiple) * bucket.length > tokens
+        assert 0 <= bucket.padding < multiple
+        assert bucket.examples * bucket.length <= tokens
+        assert (bucket.examples + 1) * bucket.length > tokens
     fitting = [i for i, length in enumerate(lengths) if length <= ends[-1]]
     if not fitting:
         with pytest.raises(UserError, match='are longer than the longest'):
@@ -251,10 +263,10 @@ def test_every_plan(lengths, ends, tokens, multiple, seed, epoch):
     assert sorted(np.concatenate([x for _, x in batches])) == fitting
     assert {bucket for bucket, _ in batches} == set(plan.used)
     for bucket, examples in batches:
-        assert 0 < len(examples) <= bucket.rows
+        assert 0 < len(examples) <= bucket.examples
         for i in examples:  # in the shortest that fits
             assert bucket.length == min(end for end in ends if end >= lengths[i])
-    partly = [bucket for bucket, examples in batches if len(examples) < bucket.rows]
+    partly = [bucket for bucket, examples in batches if len(examples) < bucket.examples]
     assert len(partly) == len(set(partly))  # at most one batch of each
 
 

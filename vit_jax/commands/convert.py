@@ -79,6 +79,11 @@ def main(argv: Sequence[str]) -> None:
     convert.check_free(dst, args.force)
     source = open_source(args.src)
     metadata = _read_metadata(args, source)
+    if 'text' in metadata:
+        raise UserError(
+            f'{args.src} is of a model of sentences, which is not converted; '
+            '`vit_jax translate` runs it'
+        )
     about, preprocessing = metadata['model'], metadata.get('preprocessing', {})
     grid = _choose_grid(args, source, about, given)
     channels = args.channels or preprocessing.get('channels', 3)

@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
 
     from vit_jax.build import build
     from vit_jax.config import from_dict, override
+    from vit_jax.data.vocabulary import folder_of
     from vit_jax.evaluate import evaluate
     from vit_jax.pretrained import load_variables
     from vit_jax.pretrained.classes import check_classes
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     run = build(config, named=named if args.workdir else named or None)
     model = run.model
     if run.vocabulary:
-        run.vocabulary.load(pathlib.Path(folder))
+        run.vocabulary.load(folder_of(weights))
     if args.probe and run.probe_data is None:
         raise UserError('--probe is for models of images')
     if args.probe:  # which are of any classes

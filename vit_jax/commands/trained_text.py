@@ -1,7 +1,5 @@
 """A trained model of sentences: what `translate` and `attend --source` share."""
 
-import os
-import pathlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -67,7 +65,7 @@ def load(weights: str) -> TrainedText:
     import jax
     import jax.numpy as jnp
 
-    from vit_jax.data.vocabulary import load_tokenizer
+    from vit_jax.data.vocabulary import folder_of, load_tokenizer
     from vit_jax.modules import make_stored_model
     from vit_jax.parallel import make_parallel
     from vit_jax.pretrained import load_variables
@@ -81,7 +79,7 @@ def load(weights: str) -> TrainedText:
             'workdir of a run of one, such as configs/multi30k_transformer.py'
         )
     text = metadata['text']
-    tokenizer = load_tokenizer(_folder(weights))
+    tokenizer = load_tokenizer(folder_of(weights))
     parallel = make_parallel('jit')
     model = make_stored_model(metadata['model'], weights)
     example = jax.ShapeDtypeStruct((1, text['buckets'][-1]), jnp.int32)
@@ -90,12 +88,3 @@ def load(weights: str) -> TrainedText:
     )
     settings = metadata.get('config', {}).get('text', {})
     return TrainedText(model, variables, tokenizer, parallel, text, settings)
-
-
-def _folder(weights: str) -> pathlib.Path:
-    """Where the tokenizer lies: the workdir, also of WORKDIR@best, or beside a file."""
-    path = pathlib.Path(weights)
-    if path.is_dir():
-        return path
-    before = weights.rpartition('@')[0]
-    return pathlib.Path(before) if os.path.isdir(before) else path.parent

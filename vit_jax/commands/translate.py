@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         '--length_penalty',
-        type=_not_negative,
+        type=not_negative,
         metavar='A',
         help="of beam search; the larger, the longer (the run's)",
     )
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     if args.file != '-' and not pathlib.Path(args.file).is_file():
         raise UserError(f'no such file: {args.file}')
     options.quiet()
+    sys.stdout.reconfigure(encoding='utf-8')  # type: ignore[union-attr]
     translate = _load(args)
     count, start = 0, time.perf_counter()
     with _open(args.file) as file:
@@ -92,7 +93,9 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[str]:
     """
     for number, line in enumerate(file, start=1):
         try:
-            yield line.rstrip(b'\r\n').decode()
+            # A byte order mark begins a file, if any.
+            encoding = 'utf-8-sig' if number == 1 else 'utf-8'
+            yield line.rstrip(b'\r\n').decode(encoding)
         except UnicodeDecodeError as error:
             raise UserError(
                 f'{name}:{number} is not UTF-8; convert the file first, by '
@@ -100,7 +103,7 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[str]:
             ) from error
 
 
-def _not_negative(text: str) -> float:
+def not_negative(text: str) -> float:
     number = float(text)
     if not 0.0 <= number < float('inf'):
         raise ValueError

@@ -89,48 +89,57 @@ class Bucket:
     Attributes:
       length: tokens of a row, on both sides.
       rows: over all processes.
+      padding: rows that are never examples, the last ones.
     """
 
     length: int
     rows: int
+    padding: int = 0
+
+    @property
+    def examples(self) -> int:
+        """Most examples of a batch."""
+        return self.rows - self.padding
 
 
 def make_buckets(
     lengths: Sequence[int], tokens: int, multiple: int
 ) -> tuple[Bucket, ...]:
-    """The buckets of a budget: as many rows as it has room for.
+    """The buckets of a budget: as many examples as it has room for.
+
+    How many there are depends on the budget alone, and so do the batches. Where devices
+    cannot share them evenly, rows of padding are added.
 
     Args:
       lengths: of the buckets, ascending; an EOS counts.
-      tokens: most tokens of a batch on one side, with its padding.
+      tokens: most tokens of the examples of a batch, on one side, with their padding.
       multiple: what rows must be divisible by: shards of a batch times gradient
         accumulation.
 
     Raises:
-      UserError: when the budget has no room for a batch of each bucket, and for
-        lengths that are not ascending.
+      UserError: when the budget has no room for an example of each bucket, and for
+        lengths that are not ascending whole numbers.
 
-    >>> make_buckets((16, 64), tokens=200, multiple=3)
-    (Bucket(length=16, rows=12), Bucket(length=64, rows=3))
+    >>> make_buckets((16, 64), tokens=200, multiple=4)
+    (Bucket(length=16, rows=12, padding=0), Bucket(length=64, rows=4, padding=1))
     """
     lengths = tuple(lengths)
-    if not lengths or lengths[0] < 2 or sorted(set(lengths)) != list(lengths):
+    whole = all(isinstance(length, int) for length in lengths)
+    if not (lengths and whole) or lengths[0] < 2 or sorted({*lengths}) != [*lengths]:
         raise UserError(
-            'config.text.buckets must be ascending lengths of at least 2, not '
+            'config.text.buckets must be ascending whole lengths of at least 2, not '
             f'{lengths}'
         )
-    buckets = tuple(
-        Bucket(length, tokens // length // multiple * multiple) for length in lengths
-    )
-    if buckets[-1].rows <= 0:
-        needed = multiple * lengths[-1]
+    if tokens < lengths[-1]:
         raise UserError(
-            f'config.text.tokens_per_batch {tokens} has no room for {multiple} rows '
-            f'(the shards of a batch times accumulation) of {lengths[-1]} tokens, the '
-            f'longest of config.text.buckets; it must be at least {needed}, or the '
-            'longest bucket shorter'
+            f'config.text.tokens_per_batch {tokens} has no room for {lengths[-1]} '
+            'tokens, the longest of config.text.buckets; it must be as many at least'
         )
-    return buckets
+    counts = [tokens // length for length in lengths]
+    return tuple(
+        Bucket(length, count + -count % multiple, -count % multiple)
+        for length, count in zip(lengths, counts)
+    )
 
 
 class Plan:
@@ -180,7 +189,7 @@ class Plan:
         # int32 halves what millions of examples take.
         self._members = [members[i].astype(np.int32) for i in used]
         self._orders = [Order(members[i].size, _seed(seed, 1 + i)) for i in used]
-        rows = np.array([bucket.rows for bucket in self.used])
+        rows = np.array([bucket.examples for bucket in self.used])
         sizes = np.array([examples.size for examples in self._members])
         counts = -(-sizes // rows)
         self.batches_per_epoch = int(counts.sum())
@@ -190,7 +199,8 @@ class Plan:
         self._batches = Order(self.batches_per_epoch, _seed(seed, 0))
 
     def batch_at(self, index: int) -> tuple[Bucket, np.ndarray]:
-        """The bucket of a batch, and its examples: int64 `[at most bucket.rows]`.
+        """The bucket of a batch, and its examples: int64
+        `[at most bucket.examples]`.
 
         Args:
           index: of the batch, counted from the beginning of training.
@@ -290,8 +300,8 @@ def evaluation_batches(
     batches = []
     for i, bucket in enumerate(buckets):
         members = np.flatnonzero(place == i)
-        for first in range(0, members.size, bucket.rows):
-            batches.append((bucket, members[first : first + bucket.rows]))
+        for first in range(0, members.size, bucket.examples):
+            batches.append((bucket, members[first : first + bucket.examples]))
     dataset = grain.MapDataset.source(_Evaluation(encoded, batches, shard))
     return Watch(iter(dataset.to_iter_dataset(_READ)), timeout_seconds)
 

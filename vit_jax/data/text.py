@@ -158,7 +158,7 @@ class _FileSplits(Mapping[str, int]):
         return any(split in files for files in self._files)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._files[0], *self._files[1]]))
+        return (split for split in self._files[0] if split in self._files[1])
 
     def __len__(self) -> int:
         return len(list(iter(self)))

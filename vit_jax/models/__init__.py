@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import FrozenDict
 
+from vit_jax.data.tokenizer import PAD
 from vit_jax.errors import UserError, unknown
 from vit_jax.forks import import_path, is_path
 from vit_jax.models.variants import SEQUENCE, decode_variant, list_variants
@@ -81,6 +82,8 @@ def check_translates(model: nn.Module) -> None:
             f'a {type(model).__name__} cannot encode and decode, so it does not '
             'translate; choose a model such as Transformer-base'
         )
+    if getattr(model, 'pad_id', PAD) != PAD:
+        raise UserError(f'padding is token {PAD} of our data, not {model.pad_id}')
 
 
 def _check_fields(name: str, model: Any, overrides: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,9 @@ import optax
 from vit_jax.axes import batch_sum
 from vit_jax.config import ConfigReader
 from vit_jax.data.tokenizer import BOS, PAD
+from vit_jax.errors import UserError
 from vit_jax.losses import label_cross_entropy
+from vit_jax.models.transformer import Transformer
 from vit_jax.parallel import Parallel
 from vit_jax.state import TrainState
 from vit_jax.tasks.classify import init_state
@@ -67,11 +70,23 @@ def make_score(
       UserError: for values that make no sense.
     """
     how = Decoding(c.text.beam, c.text.length_penalty, c.text.extra_length)
+    longest = data.buckets[-1].length + how.extra_length
+    if isinstance(model, Transformer) and longest > model.max_length:
+        raise UserError(
+            f'a translation may have {longest} tokens (the last of config.text.buckets '
+            f'and config.text.extra_length), the model holds {model.max_length}; set '
+            'config.model.kwargs.max_length'
+        )
+
+    @functools.cache
+    def references() -> list[str]:
+        return data.dataset.open(data.facts['eval_split']).target
+
     return TranslationScore(
         kind=c.text.score,
         translator=Translator(model, how, parallel),
         eval_data=data.eval_data,
-        references=lambda: data.dataset.open(data.facts['eval_split']).target,
+        references=references,
         tokenizer=lambda: data.vocabulary.tokenizer,
     )
 
