@@ -67,7 +67,8 @@ def test_cells_differ_and_see_no_example_twice(sweep):
 
 def test_symbols_alone_are_counted(sweep):
     """A random model, against its logits of single examples."""
-    run = build_run('smoke', 'dataset.name=recall:length=12', 'text.score=none')
+    options = ['dataset.eval_split=validation', 'text.score=none']
+    run = build_run('smoke', 'dataset.name=recall:length=12', *options)
     # At the beginning the likeliest token is the one that is given: never right.
     variables = {'params': reference.random_params(run.model, *TOKENS, scale=0.5)}
     measured = sweep.measure(run, variables)

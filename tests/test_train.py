@@ -394,7 +394,7 @@ def test_checkpoints_that_say_less_of_their_model_are_gone_on_from():
         def load_metadata(self, step):
             return there
 
-    _check_continues(run, Older())
+    _check_continues(run, Older(), run.metadata)
     there['model']['grid'] = [1, 9]
     with pytest.raises(UserError, match='was begun with model'):
-        _check_continues(run, Older())
+        _check_continues(run, Older(), run.metadata)
