@@ -37,7 +37,8 @@ def largest_batch(
         raise UserError(f'the memory of {report.device_kind!r} devices is not known')
     run = run_on(run, devices)
     unit = run.parallel.data * run.parallel.fsdp * run.parallel.accum_steps
-    if _settings(run).augment.mixes:  # whole pairs of rows
+    augment = getattr(_settings(run), 'augment', None)  # not every task has it
+    if augment is not None and augment.mixes:  # whole pairs of rows
         unit = math.lcm(unit, 2)
     # A size that takes more than half of the limit, and fits: from far away, what
     # does not grow with the batch hides what does.

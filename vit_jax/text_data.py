@@ -30,7 +30,7 @@ from vit_jax.task_data import TaskData, Units
 
 log = logging.getLogger(__name__)
 
-PAIRS = Units('pairs of sentences', 'tokens')
+PAIRS = Units('pairs', 'tokens')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             f'{config.model.name}, {config.dtype}, on {place.name}: {place.chips} chips'
         )
         print(run.parallel.describe(run.batch_size, run.units.rows))
-        print('\n'.join(describe(report)), flush=True)
+        print('\n'.join(describe(report, run.units.rows)), flush=True)
     largest = None
     if args.max_batch:
         largest = largest_batch(run, devices, report, quick=args.quick)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         if largest is not None:
             print(f'\nlargest batch that fits: {largest.batch_size}')
-            print('\n'.join(describe(largest)))
+            print('\n'.join(describe(largest, run.units.rows)))
         elif args.max_batch:
             print('\nno batch fits')
         words = ', '.join(f'{name} {version}' for name, version in _versions().items())
@@ -89,8 +89,8 @@ def main(argv: Sequence[str]) -> int:
     return 0 if report.memory.fits else 1
 
 
-def describe(report: 'Report') -> Iterator[str]:
-    """A report, for people."""
+def describe(report: 'Report', rows: str = 'images') -> Iterator[str]:
+    """A report, for people; `rows` is what a batch has."""
     from vit_jax.hardware import GIB, find_hardware
 
     memory = report.memory
@@ -129,7 +129,7 @@ def describe(report: 'Report') -> Iterator[str]:
         words = f'at most {rates["compute"]:,.0f} by compute'
         if 'memory' in rates:  # an estimate, see `Report.roofline`
             words += f', about {rates["memory"]:,.0f} by memory'
-        yield f'  images/s     {words}'
+        yield f'  {f"{rows}/s":12} {words}'
 
 
 def _pretend(num_devices: int) -> None:
