@@ -122,6 +122,11 @@ def test_a_path_is_within_the_data_dir_or_absolute(tmp_path):
         assert pairs == (['a'], ['b'])
 
 
+def test_a_name_that_is_misspelt():
+    with pytest.raises(UserError, match=r"'datez'; did you mean 'dates'\?"):
+        load_text('datez')
+
+
 def test_empty_folder(tmp_path):
     with pytest.raises(UserError, match=r"no file of language 'en', .*: no files"):
         load_text(f'text:{tmp_path}?src=en&tgt=de')

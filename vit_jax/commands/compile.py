@@ -89,8 +89,8 @@ def main(argv: Sequence[str]) -> int:
     return 0 if report.memory.fits else 1
 
 
-def describe(report: 'Report', rows: str = 'images') -> Iterator[str]:
-    """A report, for people; `rows` is what a batch has."""
+def describe(report: 'Report', unit: str = 'images') -> Iterator[str]:
+    """A report, for people; `unit` is what a batch has."""
     from vit_jax.hardware import GIB, find_hardware
 
     memory = report.memory
@@ -129,7 +129,7 @@ def describe(report: 'Report', rows: str = 'images') -> Iterator[str]:
         words = f'at most {rates["compute"]:,.0f} by compute'
         if 'memory' in rates:  # an estimate, see `Report.roofline`
             words += f', about {rates["memory"]:,.0f} by memory'
-        yield f'  {f"{rows}/s":12} {words}'
+        yield f'  {f"{unit}/s":12} {words}'
 
 
 def _pretend(num_devices: int) -> None:

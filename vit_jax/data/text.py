@@ -310,7 +310,7 @@ def _tfds(name: str, data_dir: str | None) -> TextDataset:
     import tensorflow_datasets as tfds
 
     bare, _, query = name.partition('?')
-    builder = find_builder(bare, data_dir)
+    builder = find_builder(bare, data_dir, others=GENERATED)
     features = builder.info.features
     if not isinstance(features, tfds.features.Translation):
         raise UserError(

@@ -6,18 +6,21 @@ What the examples are is the business of `datasets` (images) and `text` (sentenc
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vit_jax.errors import UserError, reason, unknown
 
 
-def find_builder(name: str, data_dir: str | None = None) -> Any:
+def find_builder(
+    name: str, data_dir: str | None = None, others: Iterable[str] = ('digits',)
+) -> Any:
     """The builder of a dataset, prepared or not.
 
     Args:
       name: as TFDS has it, 'cifar10:3.0.2' or 'wmt14_translate/de-en'.
       data_dir: where TFDS keeps its datasets; None for its default.
+      others: names that are not TFDS's, of which one may have been meant.
 
     Raises:
       UserError: for an unknown name, version or configuration.
@@ -31,7 +34,7 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
         return tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError, ImportError) as error:
         # Community datasets are listed over the network, and with TensorFlow.
-        known = ['digits', *tfds.list_builders(with_community_datasets=False)]
+        known = [*others, *tfds.list_builders(with_community_datasets=False)]
         if re.split('[:/]', name)[0] not in known:
             raise unknown('dataset', name, known) from error
         first_line, _, _ = str(error).partition('\n')
