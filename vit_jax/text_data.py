@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from vit_jax.data.buckets import (
 )
 from vit_jax.data.datasets import pick_eval_split
 from vit_jax.data.input_pipeline import Shard
-from vit_jax.data.text import GENERATED, TextDataset, load_text
+from vit_jax.data.text import GENERATED, Pairs, TextDataset, load_text
 from vit_jax.data.vocabulary import Vocabulary
 from vit_jax.data.watch import Watch
 from vit_jax.errors import UserError
@@ -43,12 +44,14 @@ class TextData(TaskData):
       dataset: what is known of the pairs.
       vocabulary: tokens of both languages.
       buckets: shapes of the batches.
+      eval_pairs: () -> the split to evaluate on, in words.
       The others are those of `TaskData`.
     """
 
     dataset: TextDataset
     vocabulary: Vocabulary
     buckets: tuple[Bucket, ...]
+    eval_pairs: Callable[[], Pairs]
 
 
 def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
@@ -76,12 +79,9 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
         train_lines, c.text.vocab_size, c.text.tokenizer, c.init.weights
     )
 
-    def read(split: str) -> Encoded:
-        return encode_pairs(dataset.open(split), vocabulary.tokenizer)
-
     @functools.cache
     def planned() -> tuple[Encoded, Plan]:
-        encoded = read(train_split)
+        encoded = encode_pairs(dataset.open(train_split), vocabulary.tokenizer)
         plan = Plan(encoded.lengths, buckets, seed)
         if plan.too_long:
             log.warning(
@@ -115,8 +115,12 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
     eval_split = c.dataset.eval_split or pick_eval_split(dataset)
 
     @functools.cache
+    def eval_pairs() -> Pairs:
+        return dataset.open(eval_split)
+
+    @functools.cache
     def evaluated() -> Encoded:
-        return read(eval_split)
+        return encode_pairs(eval_pairs(), vocabulary.tokenizer)
 
     def eval_data() -> Watch:
         return evaluation_batches(
@@ -138,6 +142,7 @@ def make_text_data(c: ConfigReader, parallel: Parallel) -> TextData:
         seen=seen,
         read_facts=read_facts,
         eval_data=eval_data,
+        eval_pairs=eval_pairs,
         vocabulary=vocabulary,
         buckets=buckets,
         facts={

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from vit_jax.data.buckets import Bucket, encode_sources, evaluation_batches
 from vit_jax.data.input_pipeline import Shard
+from vit_jax.data.text import Pairs
 from vit_jax.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
-from vit_jax.data.watch import Watch
 from vit_jax.decode import beam_search, greedy
 from vit_jax.errors import UserError, unknown
 from vit_jax.parallel import Parallel
@@ -137,21 +137,6 @@ class Translator:
         # What `pmap` returns here would be the same on all devices; rows are not.
         return dataclasses.replace(self.parallel, mode='jit')
 
-    def decode(self, variables: Variables, batches: Iterable[Batch]) -> dict[int, Any]:
-        """The tokens of each sentence, by its number.
-
-        Args:
-          variables: the model's.
-          batches: from `evaluation_batches`, this process's rows.
-        """
-        found: dict[int, np.ndarray] = {}
-        batches = ({k: batch[k] for k in ('source', 'index')} for batch in batches)
-        for batch in self._on_mesh.prefetch(batches):
-            out = jax.device_get(self._program(variables, batch))
-            found |= dict(zip(out['index'].tolist(), out['tokens']))
-        found.pop(-1, None)  # rows that fill batches
-        return found
-
     def decode_sources(
         self,
         variables: Variables,
@@ -167,9 +152,13 @@ class Translator:
         """
         encoded = encode_sources(ids)
         shard = Shard(jax.process_index(), jax.process_count())
+        found: dict[int, np.ndarray] = {}  # by the number of the sentence; -1: padding
         with closing(evaluation_batches(encoded, buckets, shard=shard)) as batches:
-            tokens = self.decode(variables, batches)
-        return [tokens[i] for i in range(len(ids))]
+            given = ({k: batch[k] for k in ('source', 'index')} for batch in batches)
+            for batch in self._on_mesh.prefetch(given):
+                out = jax.device_get(self._program(variables, batch))
+                found |= dict(zip(out['index'].tolist(), out['tokens']))
+        return [found[i] for i in range(len(ids))]
 
     def translate(
         self,
@@ -217,16 +206,17 @@ class TranslationScore:
     Attributes:
       kind: 'bleu' (sacrebleu's, of the text as it is and in lower case),
         'exact_match', or 'none'; perplexity is always told.
-      translator: decodes.
-      eval_data: () -> batches of the split.
-      references: () -> its target lines.
+      translator: translates, as `vit_jax translate` does: what the references are like
+        has no influence.
+      buckets: shapes of its batches.
+      pairs: () -> the split.
       tokenizer: () -> that of the run.
     """
 
     kind: str
     translator: Translator
-    eval_data: Callable[[], Watch]
-    references: Callable[[], list[str]]
+    buckets: tuple[Bucket, ...]
+    pairs: Callable[[], Pairs]
     tokenizer: Callable[[], Tokenizer]
 
     def __post_init__(self) -> None:
@@ -260,12 +250,8 @@ class TranslationScore:
         result = {'perplexity': float(np.exp(min(means['loss'], 700.0)))}
         if self.kind == 'none':
             return result
-        with closing(self.eval_data()) as batches:
-            tokens = self.translator.decode(variables, batches)
-        references = self.references()
-        rows = [tokens[i] for i in range(len(references))]
-        tokenizer = self.tokenizer()
-        texts = to_text(rows, tokenizer)
+        (sources, references), tokenizer = self.pairs(), self.tokenizer()
+        texts = self.translator.translate(variables, sources, tokenizer, self.buckets)
         if self.kind == 'exact_match':
             # Of text as the tokenizer has it: with single spaces, for one.
             references = tokenizer.decode(tokenizer.encode(references))

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -78,15 +77,11 @@ def make_score(
             'config.model.kwargs.max_length'
         )
 
-    @functools.cache
-    def references() -> list[str]:
-        return data.dataset.open(data.facts['eval_split']).target
-
     return TranslationScore(
         kind=c.text.score,
         translator=Translator(model, how, parallel),
-        eval_data=data.eval_data,
-        references=references,
+        buckets=data.buckets,
+        pairs=data.eval_pairs,
         tokenizer=lambda: data.vocabulary.tokenizer,
     )
 
