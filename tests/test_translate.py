@@ -1,5 +1,6 @@
 """Translation: the task, its data and scores, over devices and interruptions."""
 
+import dataclasses
 import itertools
 import math
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 import vit_jax.sharding
+from vit_jax import translation
 from vit_jax.build import build
 from vit_jax.config import default_config
 from vit_jax.data.buckets import make_buckets
@@ -22,6 +24,7 @@ from vit_jax.data.vocabulary import FILE
 from vit_jax.decode import beam_search
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
+from vit_jax.pretrained import load_variables
 from vit_jax.tasks.translate import shift_right, token_metrics
 from vit_jax.train import train
 from vit_jax.translation import Decoding, decode_batch
@@ -158,16 +161,30 @@ def workdir(tmp_path_factory):
 
 
 def test_a_run_tells_of_tokens(workdir):
-    _, path, result = workdir
-    assert {'perplexity', 'exact_match', 'ema_perplexity'} <= set(result)
+    run, path, result = workdir
     assert result['perplexity'] == pytest.approx(math.exp(result['loss']))
     assert result['examples'] == 200
     lines = [line for line in read_metrics(path) if 'train/loss' in line]
     assert [line['step'] for line in lines] == [3, 6]
     assert any(line.get('train/tokens_per_second', 0) > 0 for line in lines)
-    assert lines[-1]['train/examples_seen'] <= 6 * 24
+    with closing(run.train_data(0)) as data:
+        rows = [
+            (batch['source'] != PAD).any(axis=1) for batch in itertools.islice(data, 6)
+        ]
+    assert lines[-1]['train/examples_seen'] == sum(map(np.sum, rows))
     # One for each shape of a batch that has come up, of two.
     assert lines[0]['train/programs'] in (1, 2)
+
+
+def test_averages_are_scored_too(workdir):
+    run, path, result = workdir
+    assert result['ema_perplexity'] != result['perplexity']
+    run.vocabulary.load(path)
+    for prefix, weights in (('ema_', '@ema'), ('average_', '@last:2')):
+        variables, _ = load_variables(f'{path}{weights}', run.model, run.inputs)
+        found = evaluate(run, variables)
+        for name in ('loss', 'perplexity', 'exact_match'):
+            assert result[prefix + name] == pytest.approx(found[name], rel=1e-6)
 
 
 def test_a_run_goes_on_bit_for_bit(workdir, tmp_path):
@@ -335,6 +352,26 @@ def test_translations_keep_their_order(workdir, caplog):
     assert caplog.messages == [
         'line 16 has 61 tokens; what follows the first 29 is left out'
     ]
+
+
+def test_few_lines_are_few_rows(workdir, monkeypatch):
+    run, path, _ = workdir
+    run.vocabulary.load(path)
+    variables, translator = run.init().variables, run.score.translator
+    shapes = []
+    decode = translation.decode_batch
+
+    def watched(variables, source, **options):
+        shapes.append(source.shape)
+        return decode(variables, source, **options)
+
+    monkeypatch.setattr(translation, 'decode_batch', watched)
+    tokenizer = run.vocabulary.tokenizer
+    # A translator of its own, which has compiled nothing.
+    translator = dataclasses.replace(translator)
+    lines = ['3 May 1998'] * 3
+    translator.translate(variables, lines, tokenizer, make_buckets((13, 30), 3900, 1))
+    assert shapes == [(8, 13)]  # four, on eight devices
 
 
 # --- Scores -------------------------------------------------------------------

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.data.buckets import Bucket, encode_sources, evaluation_batches
+from vit_jax.data.buckets import (
+    Bucket,
+    decoding_buckets,
+    encode_sources,
+    evaluation_batches,
+)
 from vit_jax.data.input_pipeline import Shard
 from vit_jax.data.text import Pairs
 from vit_jax.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
@@ -148,12 +153,18 @@ class Translator:
         Args:
           variables: the model's.
           ids: of each sentence, without its EOS; at least one sentence.
-          buckets: shapes of the batches.
+          buckets: most that a batch may hold, see `decoding_buckets`.
         """
         encoded = encode_sources(ids)
+        shapes = decoding_buckets(
+            buckets,
+            encoded.lengths,
+            beam=self.how.beam,
+            multiple=self.parallel.data * self.parallel.fsdp,
+        )
         shard = Shard(jax.process_index(), jax.process_count())
         found: dict[int, np.ndarray] = {}  # by the number of the sentence; -1: padding
-        with closing(evaluation_batches(encoded, buckets, shard=shard)) as batches:
+        with closing(evaluation_batches(encoded, shapes, shard=shard)) as batches:
             given = ({k: batch[k] for k in ('source', 'index')} for batch in batches)
             for batch in self._on_mesh.prefetch(given):
                 out = jax.device_get(self._program(variables, batch))
@@ -176,7 +187,7 @@ class Translator:
           variables: the model's.
           lines: without their ends.
           tokenizer: of the model.
-          buckets: shapes of the batches.
+          buckets: most that a batch may hold.
           first: number of the first line, for what is told.
         """
         ids, longest = tokenizer.encode(lines), buckets[-1].length - 1  # and EOS
@@ -208,7 +219,7 @@ class TranslationScore:
         'exact_match', or 'none'; perplexity is always told.
       translator: translates, as `vit_jax translate` does: what the references are like
         has no influence.
-      buckets: shapes of its batches.
+      buckets: most that its batches hold.
       pairs: () -> the split.
       tokenizer: () -> that of the run.
     """

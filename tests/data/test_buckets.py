@@ -14,6 +14,7 @@ from vit_jax.data.buckets import (
     Bucket,
     Encoded,
     Plan,
+    decoding_buckets,
     encode_pairs,
     evaluation_batches,
     make_buckets,
@@ -144,6 +145,25 @@ def test_budgets_that_are_too_small(lengths, tokens):
 def test_lengths_that_do_not_fit(lengths):
     with pytest.raises(UserError, match=r'config\.text\.buckets must be ascending'):
         make_buckets(lengths, 4096, 1)
+
+
+@pytest.mark.parametrize(
+    ('beam', 'multiple', 'rows', 'padding'),
+    [
+        (1, 1, [11, 4, 1], [0, 0, 0]),  # 13 of 11 that have room, 3, none
+        (3, 1, [3, 2, 1], [0, 0, 0]),
+        (1, 8, [16, 8, 8], [5, 4, 7]),
+        (50, 2, [2, 2, 2], [1, 1, 1]),  # more hypotheses than there is room for
+    ],
+)
+def test_buckets_to_decode_hold_what_there_is(beam, multiple, rows, padding):
+    buckets = make_buckets((5, 7, 11), 55, multiple=8)
+    lengths = np.array([5] * 7 + [2] * 6 + [6, 7, 7])
+    found = decoding_buckets(buckets, lengths, beam=beam, multiple=multiple)
+    assert found == tuple(map(Bucket, (5, 7, 11), rows, padding))
+    # What is too long will be cut, and belongs to the last bucket.
+    *_, last = decoding_buckets(buckets, np.array([13, 99]), beam=1, multiple=1)
+    assert last == Bucket(11, 2)
 
 
 # --- Plan -------------------------------------------------------------------------

@@ -80,8 +80,8 @@ def _say(found: trained_text.TrainedText, source: np.ndarray) -> np.ndarray:
     from vit_jax.data.tokenizer import EOS
 
     translator = found.make_translator(beam=1, length_penalty=0.0)
-    buckets = found.make_buckets(tokens=0)
-    (said,) = translator.decode_sources(found.variables, [source[:-1]], buckets)
+    ids = [source[:-1]]
+    (said,) = translator.decode_sources(found.variables, ids, found.buckets)
     (ends,) = np.nonzero(said == EOS)
     return said[: ends[0] + 1] if ends.size else said
 

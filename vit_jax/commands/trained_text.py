@@ -38,14 +38,13 @@ class TrainedText(NamedTuple):
         """Tokens of the longest sentence it was trained on, with its EOS."""
         return self.text['buckets'][-1]
 
-    def make_buckets(self, tokens: int) -> tuple['Bucket', ...]:
-        """Shapes of batches of so many tokens, or of a row for each device."""
+    @property
+    def buckets(self) -> tuple['Bucket', ...]:
+        """Those of its training."""
         from vit_jax.data.buckets import make_buckets
 
-        rows = len(self.parallel.devices)
-        return make_buckets(
-            self.text['buckets'], max(tokens, rows * self.longest), rows
-        )
+        rows = self.parallel.data * self.parallel.fsdp
+        return make_buckets(self.text['buckets'], self.text['tokens_per_batch'], rows)
 
     def make_translator(self, beam: int, length_penalty: float) -> 'Translator':
         """What translates with this model."""

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 def _load(args: argparse.Namespace) -> Callable[[list[str], int], list[str]]:
     """(lines, number of the first) -> their translations."""
     found = trained_text.load(args.weights)
-    buckets = found.make_buckets(found.text['tokens_per_batch'])
+    buckets = found.buckets
     penalty = args.length_penalty
     translator = found.make_translator(
         args.beam or found.settings.get('beam', 1),

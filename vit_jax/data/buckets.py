@@ -135,11 +135,40 @@ def make_buckets(
             f'config.text.tokens_per_batch {tokens} has no room for {lengths[-1]} '
             'tokens, the longest of config.text.buckets; it must be as many at least'
         )
-    counts = [tokens // length for length in lengths]
-    return tuple(
-        Bucket(length, count + -count % multiple, -count % multiple)
-        for length, count in zip(lengths, counts)
-    )
+    return tuple(_pad_rows(length, tokens // length, multiple) for length in lengths)
+
+
+def decoding_buckets(
+    buckets: Sequence[Bucket], lengths: np.ndarray, *, beam: int, multiple: int
+) -> tuple[Bucket, ...]:
+    """Buckets for sentences to be decoded, with no more rows than these need.
+
+    A sentence becomes `beam` hypotheses, which share the budget of a batch. Rows of few
+    sentences are a power of two, so that other numbers of them are few shapes.
+
+    Args:
+      buckets: of the budget, see `make_buckets`.
+      lengths: of the sentences `[n]`, see `Encoded.lengths`.
+      beam: hypotheses of a sentence.
+      multiple: what rows must be divisible by.
+
+    >>> buckets = make_buckets((16, 64), tokens=1024, multiple=1)
+    >>> decoding_buckets(buckets, np.array([9, 16, 5, 64]), beam=4, multiple=1)
+    (Bucket(length=16, rows=4, padding=0), Bucket(length=64, rows=1, padding=0))
+    """
+    place = _find_bucket(np.minimum(lengths, buckets[-1].length), buckets)
+    found = []
+    for i, bucket in enumerate(buckets):
+        needed = int((place == i).sum())
+        power = 1 << max(needed - 1, 0).bit_length()
+        room = max(bucket.examples // beam, 1)
+        found.append(_pad_rows(bucket.length, min(power, room), multiple))
+    return tuple(found)
+
+
+def _pad_rows(length: int, examples: int, multiple: int) -> Bucket:
+    padding = -examples % multiple
+    return Bucket(length, examples + padding, padding)
 
 
 class Plan:
