@@ -17,7 +17,8 @@ LEVELS = (
     'update tasks feed',
     'build',
     'train evaluate export benchmark sown maps sequence_maps pictures report summary '
-    'sweep interrupt recent telemetry slices topology largest_batch probes processes',
+    'experiment results reproduce jobs interrupt recent telemetry slices topology '
+    'largest_batch probes processes',
     'commands',
     'main',
 )

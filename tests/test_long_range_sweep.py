@@ -1,6 +1,6 @@
 """The experiment of distances: models of one size, what is counted, what is told."""
 
-import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -14,8 +14,9 @@ from vit_jax.data.buckets import make_buckets
 from vit_jax.data.text import load_text
 from vit_jax.data.tokenizer import BOS, EOS
 from vit_jax.errors import UserError
+from vit_jax.experiment import Cell, Experiment, FinalTest, run_cell, train_cell
+from vit_jax.reproduce import update_results
 from vit_jax.summary import count_params
-from vit_jax.sweep import Cell, FinalTest, main
 
 CONFIG = 'configs/long_range.py'
 TOKENS = (np.ones((1, 5), int),) * 2
@@ -98,12 +99,13 @@ def test_a_trained_model_is_measured_on_the_split_that_is_asked_for(
         seen.append(run.metadata['eval_split'])
         return sweep.measure(run, variables)
 
-    cell = Cell(f'{CONFIG}:smoke', {'text.score': 'none', 'log.every_steps': 2}, 0)
-    arguments = [f'--workdir={tmp_path / "runs"}']
-    rest = {'argv': arguments, 'test': FinalTest('test', measure), 'draw': sweep.draw}
-    assert main('Distances.', tmp_path, [cell], sweep.render, **rest) == 0
+    overrides = {'text.score': 'none', 'log.every_steps': 2}
+    cell = Cell('smoke', f'{CONFIG}:smoke', overrides)
+    train = partial(train_cell, test=FinalTest(measure))
+    experiment = Experiment(lambda: [cell], sweep.render, sweep.draw, train)
+    line = run_cell(experiment, cell, tmp_path, None)
+    update_results(experiment, tmp_path, tmp_path)
     assert seen == ['test']
-    line = json.loads((tmp_path / 'results.jsonl').read_text())
     assert set(line['test']) == {'symbols'}
     assert line['rates']['step_seconds'] > 0
     assert line['rates']['tokens_per_second'] > 0
@@ -114,7 +116,7 @@ def test_a_trained_model_is_measured_on_the_split_that_is_asked_for(
 def make_line(sweep, model, learning_rate, accuracy, symbols):
     cell = sweep.make_cell('recall', 512, model, learning_rate)
     return {
-        **cell._asdict(),
+        **cell.key,
         'accuracy': accuracy,
         'params': 168_368,
         'test': {'symbols': symbols, 'by_distance': {'4': 0.5, '512': 0.25}},
@@ -133,7 +135,7 @@ def test_the_learning_rate_is_chosen_by_validation_and_told_by_test(sweep):
     assert '| recall | LSTM with attention | 168,368 |' in table
     assert '| 60.0 (0.003) |' in table
     assert '| LSTM with attention | not run | 50.0 | not run |' in table
-    axes = sweep.draw(lines).axes
+    axes = sweep.draw(lines)['picture.png'].axes
     assert axes[1].lines[1].get_xydata().tolist() == [[512, 60]]
     points = axes[2].lines[1].get_xydata().tolist()
     assert points == [[4, 50], [512, 25]]

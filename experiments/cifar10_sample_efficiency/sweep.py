@@ -1,18 +1,13 @@
 """CNN, ViT and ConViT of equal size on a tenth of CIFAR-10: when a gap opens.
 
-    python experiments/cifar10_sample_efficiency/sweep.py \\
-        --workdir=/tmp/cifar10_sweep --data_dir=/data/tfds
-
-Runs every cell that `results.jsonl` does not hold yet, then writes `table.md`.
+vit_jax reproduce cifar10_sample_efficiency --workdir=/tmp/runs --data_dir=/data/tfds
 """
 
-import pathlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from vit_jax.sweep import Cell, main, percent
+from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.results import mean_sd, table, values_of
 
-HERE = pathlib.Path(__file__).parent
 MODELS = {'cnn': 'CNN', 'vit': 'ViT', 'convit': 'ConViT'}
 OVERRIDES = {
     'dataset.train_fraction': 0.1,
@@ -26,23 +21,18 @@ SEEDS = (0, 1, 2)
 def sweep() -> Iterator[Cell]:
     """Every cell."""
     for seed in SEEDS:
-        for model in MODELS:
-            yield Cell(f'configs/cifar10_{model}.py:small', OVERRIDES, seed)
+        for model, name in MODELS.items():
+            yield Cell(name, f'configs/cifar10_{model}.py:small', OVERRIDES, seed)
 
 
-def render(lines: list[dict]) -> str:
-    """The table: accuracy on the way, mean and standard deviation over seeds."""
-    rows = [f'| steps | {" | ".join(MODELS.values())} |', '| --- ' * 4 + '|']
-    overrides = {key.replace('.', '__'): value for key, value in OVERRIDES.items()}
+def render(lines: Sequence[Line]) -> str:
+    """Accuracy on the way, mean and standard deviation over seeds, in per cent."""
+    rows = []
     for step in lines[0]['accuracies'] if lines else ():
-        here = [{**line, 'accuracy': line['accuracies'][step]} for line in lines]
-        cells = [
-            percent(here, f'configs/cifar10_{model}.py:small', **overrides)
-            for model in MODELS
-        ]
-        rows.append(f'| {int(step):,} | {" | ".join(cells)} |')
-    return '\n'.join(rows) + '\n'
+        found = [values_of(lines, name, 'accuracies', step) for name in MODELS.values()]
+        cells = [mean_sd([100 * value for value in values]) for values in found]
+        rows.append([f'{int(step):,}', *cells])
+    return table(['steps', *MODELS.values()], rows)
 
 
-if __name__ == '__main__':
-    sys.exit(main(__doc__, HERE, sweep(), render))
+EXPERIMENT = Experiment(sweep, render)

@@ -1,17 +1,13 @@
 """The road from convolution to attention on digits: ten models, one recipe.
 
-    python experiments/digits_road/sweep.py --workdir=/tmp/road
-
-Runs every cell that `results.jsonl` does not hold yet, then writes `table.md`.
+vit_jax reproduce digits_road --workdir=/tmp/runs
 """
 
-import pathlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from vit_jax.sweep import Cell, main, percent
+from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.results import NOT_RUN, mean_sd, table, values_of
 
-HERE = pathlib.Path(__file__).parent
 STEPS = {
     'cnn': 'convolution',
     'sagan': "SAGAN's attention inside the CNN",
@@ -31,19 +27,17 @@ def sweep() -> Iterator[Cell]:
     """Every cell."""
     for seed in SEEDS:
         for step in STEPS:
-            yield Cell(f'configs/digits_road.py:{step}', {}, seed)
+            yield Cell(step, f'configs/digits_road.py:{step}', {}, seed)
 
 
-def render(lines: list[dict]) -> str:
-    """The table: parameters; mean and standard deviation over seeds, in per cent."""
-    params = {line['config']: line['params'] for line in lines}
-    rows = ['| step | model | parameters | accuracy |', '| --- | --- | --- | --- |']
-    for step, what in STEPS.items():
-        config = f'configs/digits_road.py:{step}'
-        size = f'{params[config]:,}' if config in params else 'not run'
-        rows.append(f'| `{step}` | {what} | {size} | {percent(lines, config)} |')
-    return '\n'.join(rows) + '\n'
+def render(lines: Sequence[Line]) -> str:
+    """Parameters; mean and standard deviation over seeds, in per cent."""
+    params = {line['cell']: f'{line["params"]:,}' for line in lines}
+    rows = [
+        [f'`{step}`', what, params.get(step, NOT_RUN), mean_sd(values_of(lines, step))]
+        for step, what in STEPS.items()
+    ]
+    return table(['step', 'model', 'parameters', 'accuracy'], rows)
 
 
-if __name__ == '__main__':
-    sys.exit(main(__doc__, HERE, sweep(), render))
+EXPERIMENT = Experiment(sweep, render)

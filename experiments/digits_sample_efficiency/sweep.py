@@ -1,18 +1,14 @@
 """CNN, ViT and ConViT of equal size on all and on a tenth of the training digits.
 
-    python experiments/digits_sample_efficiency/sweep.py --workdir=/tmp/digits_sweep
-
-Runs every cell that `results.jsonl` does not hold yet, then writes `table.md`.
+vit_jax reproduce digits_sample_efficiency --workdir=/tmp/runs
 """
 
-import pathlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from vit_jax.sweep import Cell, main, percent
+from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.results import mean_sd, table, values_of
 
-HERE = pathlib.Path(__file__).parent
-MODELS = ('cnn', 'vit', 'convit')
+MODELS = {'cnn': 'CNN', 'vit': 'ViT', 'convit': 'ConViT'}
 FRACTIONS = (1.0, 0.1)
 SEEDS = (0, 1, 2)
 
@@ -21,24 +17,19 @@ def sweep() -> Iterator[Cell]:
     """Every cell."""
     for seed in SEEDS:
         for fraction in FRACTIONS:
-            for model in MODELS:
+            for model, name in MODELS.items():
                 overrides = {'dataset.train_fraction': fraction}
-                yield Cell(f'configs/digits_{model}.py', overrides, seed)
+                config = f'configs/digits_{model}.py'
+                yield Cell(f'{name}/{fraction:.0%}', config, overrides, seed)
 
 
-def render(lines: list[dict]) -> str:
-    """The table: mean and standard deviation over seeds, in per cent."""
-    rows = ['| training digits | CNN | ViT | ConViT |', '| --- | --- | --- | --- |']
-    for fraction in FRACTIONS:
-        cells = [
-            percent(
-                lines, f'configs/digits_{model}.py', dataset__train_fraction=fraction
-            )
-            for model in MODELS
-        ]
-        rows.append(f'| {fraction:.0%} | {" | ".join(cells)} |')
-    return '\n'.join(rows) + '\n'
+def render(lines: Sequence[Line]) -> str:
+    """Mean and standard deviation over seeds, in per cent."""
+    rows = []
+    for fraction in map('{:.0%}'.format, FRACTIONS):
+        cells = [values_of(lines, f'{name}/{fraction}') for name in MODELS.values()]
+        rows.append([fraction, *map(mean_sd, cells)])
+    return table(['training digits', *MODELS.values()], rows)
 
 
-if __name__ == '__main__':
-    sys.exit(main(__doc__, HERE, sweep(), render))
+EXPERIMENT = Experiment(sweep, render)

@@ -1,14 +1,9 @@
 """Transformer and LSTM, with attention and without, where what counts is far away.
 
-    python experiments/long_range/sweep.py --workdir=/tmp/long_range
-
-Runs every cell that `results.jsonl` does not hold yet, then writes `table.md` and
-`picture.png`.
+vit_jax reproduce long_range --workdir=/tmp/runs --jobs=2
 """
 
-import pathlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -20,11 +15,11 @@ from matplotlib.figure import Figure
 
 from vit_jax.build import Run
 from vit_jax.data.tokenizer import PAD
-from vit_jax.sweep import Cell, FinalTest, main
+from vit_jax.experiment import Cell, Experiment, FinalTest, Line, find_line, train_cell
+from vit_jax.results import NOT_RUN, table
 from vit_jax.tasks.translate import shift_right
 from vit_jax.typing import Batch, Variables
 
-HERE = pathlib.Path(__file__).parent
 CONFIG = 'configs/long_range.py'
 MODELS = {
     'transformer': 'Transformer',
@@ -60,7 +55,8 @@ def make_cell(task: str, length: int, model: str, learning_rate: float) -> Cell:
         'eval.every_steps': STEPS,
         'checkpoint.every_steps': STEPS,
     }
-    return Cell(f'{CONFIG}:{model}', overrides, SEED)
+    name = f'{task}/{length}/{model}/{learning_rate:g}'
+    return Cell(name, f'{CONFIG}:{model}', overrides, SEED)
 
 
 def measure(run: Run, variables: Variables) -> dict:
@@ -104,80 +100,72 @@ def measure(run: Run, variables: Variables) -> dict:
     return result
 
 
-def choose(lines: list[dict], task: str, length: int, model: str) -> dict | None:
+def choose(lines: Sequence[Line], task: str, length: int, model: str) -> Line | None:
     """The line of the best learning rate by validation, when all of them have run."""
     cells = [make_cell(task, length, model, rate) for rate in LEARNING_RATES]
-    found = [
-        line
-        for line in lines
-        if Cell(line['config'], line['overrides'], line['seed']) in cells
-    ]
+    found = [line for cell in cells if (line := find_line(cell, lines))]
     if len(found) < len(cells):
         return None
     return max(found, key=lambda line: line['accuracy'])
 
 
-def render(lines: list[dict]) -> str:
-    """The tables: accuracy by length, recall by distance, speed."""
-    return (
-        '\n'.join([*_accuracies(lines), '', *_distances(lines), '', *_speeds(lines)])
-        + '\n'
-    )
+def render(lines: Sequence[Line]) -> str:
+    """Accuracy by length, recall by distance, speed."""
+    return f"""Symbols right, in per cent of the test split (learning rate):
+
+{_accuracies(lines)}
+Recall at length {LENGTHS[-1]}, in per cent, by the distance of the pair, up to:
+
+{_distances(lines)}
+Training, in tokens of the target per second, of copy:
+
+{_speeds(lines)}"""
 
 
-def _accuracies(lines: list[dict]) -> Iterator[str]:
-    yield 'Symbols right, in per cent of the test split (learning rate):'
-    yield ''
-    yield f'| task | model | parameters | {" | ".join(map(str, LENGTHS))} |'
-    yield '| --- ' * (3 + len(LENGTHS)) + '|'
+def _accuracies(lines: Sequence[Line]) -> str:
+    rows = []
     for task in TASKS:
         for model, title in MODELS.items():
             best = [choose(lines, task, length, model) for length in LENGTHS]
-            params = next((f'{line["params"]:,}' for line in best if line), 'not run')
+            params = next((f'{line["params"]:,}' for line in best if line), NOT_RUN)
             cells = [
                 f'{100 * line["test"]["symbols"]:.1f} '
                 f'({line["overrides"]["optim.learning_rate"]:g})'
                 if line
-                else 'not run'
+                else NOT_RUN
                 for line in best
             ]
-            yield f'| {task} | {title} | {params} | {" | ".join(cells)} |'
+            rows.append([task, title, params, *cells])
+    return table(['task', 'model', 'parameters', *map(str, LENGTHS)], rows)
 
 
-def _distances(lines: list[dict]) -> Iterator[str]:
+def _distances(lines: Sequence[Line]) -> str:
     octaves = [str(2**i) for i in range(1, 10)]
-    yield (
-        f'Recall at length {LENGTHS[-1]}, in per cent, by the distance of the pair, up '
-        'to:'
-    )
-    yield ''
-    yield f'| model | {" | ".join(octaves)} |'
-    yield '| --- ' * (1 + len(octaves)) + '|'
+    rows = []
     for model, title in MODELS.items():
         line = choose(lines, 'recall', LENGTHS[-1], model)
         shares = line['test']['by_distance'] if line else {}
         cells = [
-            f'{100 * shares[octave]:.1f}' if octave in shares else 'not run'
+            f'{100 * shares[octave]:.1f}' if octave in shares else NOT_RUN
             for octave in octaves
         ]
-        yield f'| {title} | {" | ".join(cells)} |'
+        rows.append([title, *cells])
+    return table(['model', *octaves], rows)
 
 
-def _speeds(lines: list[dict]) -> Iterator[str]:
-    yield 'Training, in tokens of the target per second, of copy:'
-    yield ''
-    yield f'| model | {" | ".join(map(str, LENGTHS))} |'
-    yield '| --- ' * (1 + len(LENGTHS)) + '|'
+def _speeds(lines: Sequence[Line]) -> str:
+    rows = []
     for model, title in MODELS.items():
         best = [choose(lines, 'copy', length, model) for length in LENGTHS]
         cells = [
-            f'{line["rates"]["tokens_per_second"]:,.0f}' if line else 'not run'
+            f'{line["rates"]["tokens_per_second"]:,.0f}' if line else NOT_RUN
             for line in best
         ]
-        yield f'| {title} | {" | ".join(cells)} |'
+        rows.append([title, *cells])
+    return table(['model', *map(str, LENGTHS)], rows)
 
 
-def draw(lines: list[dict]) -> Figure:
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
     """Accuracy by length of each task, and of recall by distance at the last length."""
     best = {
         (task, model): {n: choose(lines, task, n, model) for n in LENGTHS}
@@ -214,10 +202,8 @@ def draw(lines: list[dict]) -> Figure:
         axes.spines[['top', 'right']].set_visible(False)
     all_axes[0].set_ylabel('right, %')
     all_axes[0].legend(fontsize=8, frameon=False)
-    return figure
+    return {'picture.png': figure}
 
 
-if __name__ == '__main__':
-    sys.exit(
-        main(__doc__, HERE, sweep(), render, test=FinalTest('test', measure), draw=draw)
-    )
+TEST = FinalTest(measure)
+EXPERIMENT = Experiment(sweep, render, draw, partial(train_cell, test=TEST))

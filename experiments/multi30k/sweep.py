@@ -1,37 +1,40 @@
-"""Transformer and LSTM on Multi30k, English to German, for an hour on two CPU cores.
+"""Transformer and LSTM on Multi30k, English to German.
 
-    python experiments/multi30k/sweep.py --workdir=/tmp/multi30k --data_dir=/data/text
-
-Runs every cell that `results.jsonl` does not hold yet, then writes `table.md` and
-`picture.png`.
+vit_jax reproduce multi30k/cpu --workdir=/tmp/runs --data_dir=/data/text
 """
 
 import dataclasses
-import pathlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vit_jax.build import Run
 from vit_jax.evaluate import evaluate
-from vit_jax.sweep import Cell, FinalTest, main
+from vit_jax.experiment import Cell, Expected, Experiment, FinalTest, Line, train_cell
+from vit_jax.results import NOT_RUN, mean_sd, status, table, values_of
 from vit_jax.typing import Variables
 
-HERE = pathlib.Path(__file__).parent
-MODELS = {
-    'configs/multi30k_transformer.py:cpu': 'Transformer-tiny',
-    'configs/multi30k_transformer.py:cpu_lstm': 'LSTM-tiny',
-}
+CONFIG = 'configs/multi30k_transformer.py'
+CPU = {'cpu/Transformer': 'cpu', 'cpu/LSTM': 'cpu_lstm'}  # variants of the config
+FULL = {'Transformer': '', 'LSTM': 'lstm'}
+SEEDS = (0, 1, 2)
+# Whether that was counted in lower case it does not say.
+PUBLISHED = Expected(41.02, 'arXiv 2105.14462, table 2, text only')
 SPLIT = 'test_2016_flickr'
 BEAMS = (1, 5)
+BLEU = ('bleu', 'bleu_lower_case')
 
 
 def sweep() -> Iterator[Cell]:
     """Every cell."""
-    for config in MODELS:
-        yield Cell(config, {}, 0)
+    for name, variant in CPU.items():
+        yield Cell(name, f'{CONFIG}:{variant}', {})
+    for name, variant in FULL.items():
+        expected = PUBLISHED if name == 'Transformer' else None
+        for seed in SEEDS:
+            yield Cell(name, f'{CONFIG}:{variant}', {}, seed, expected)
 
 
 def measure(run: Run, variables: Variables) -> dict:
@@ -47,64 +50,79 @@ def measure(run: Run, variables: Variables) -> dict:
     return result
 
 
-def render(lines: list[dict]) -> str:
-    """The table: BLEU of the test split, and of the validation split on the way."""
-    rows = [
-        '| model | parameters | updates | minutes | tokens/s | perplexity '
-        '| BLEU greedy | BLEU beam 5 |',
-        '| --- ' * 8 + '|',
-    ]
-    found = {line['config']: line for line in lines}
-    for config, model in MODELS.items():
-        line = found.get(config)
-        if line is None:
-            rows.append(f'| {model} {"| not run " * 7}|')
-            continue
-        scores = [line['test'][f'beam{beam}'] for beam in BEAMS]
-        bleu = [f'{s["bleu"]:.1f} ({s["bleu_lower_case"]:.1f})' for s in scores]
-        rows.append(
-            f'| {model} | {line["params"]:,} | {line["steps"]:,} | '
-            f'{line["seconds"] / 60:.0f} | {line["rates"]["tokens_per_second"]:,.0f} | '
-            f'{scores[0]["perplexity"]:.2f} | {bleu[0]} | {bleu[1]} |'
-        )
-    rows += [
-        '',
-        f'On {SPLIT}; in brackets in lower case. On val, greedy, on the way:',
-        '',
-    ]
-    steps = sorted({int(step) for line in lines for step in line['scores']})
-    rows += [
-        f'| updates | {" | ".join(f"{step:,}" for step in steps)} |',
-        '| --- ' * (1 + len(steps)) + '|',
-    ]
-    for config, model in MODELS.items():
-        scores = found[config]['scores'] if config in found else {}
-        cells = [
-            f'{scores[str(step)]["bleu"]:.1f}' if str(step) in scores else 'not run'
-            for step in steps
-        ]
-        rows.append(f'| {model} | {" | ".join(cells)} |')
-    return '\n'.join(rows) + '\n'
+def render(lines: Sequence[Line]) -> str:
+    """BLEU of the test split, of the published protocol, of val on the way."""
+    rows = []
+    for name in (*CPU, *FULL):
+        found = [line for line in lines if line['cell'] == name]
+        rows.append([name, *(_describe(found) if found else [NOT_RUN] * 7)])
+    header = ['cell', 'parameters', 'updates', 'minutes', 'tokens/s', 'perplexity']
+    first = table([*header, 'BLEU greedy', 'BLEU beam 5'], rows)
+
+    rows = []
+    for name, key in zip(('as it is', 'in lower case'), BLEU):
+        values = values_of(lines, 'Transformer', 'test', 'beam5', key)
+        rows.append([name, mean_sd(values), status(values, PUBLISHED)])
+    published = table(['Transformer, beam 5', 'BLEU', 'status'], rows)
+
+    steps = sorted({int(n) for line in lines for n in line['scores']})
+    rows = []
+    for name in (*CPU, *FULL):
+        found = [line['scores'] for line in lines if line['cell'] == name][:1]
+        scores = found[0] if found else {}
+        cells = [scores.get(str(step), {}).get('bleu') for step in steps]
+        rows.append([name, *('' if x is None else f'{x:.1f}' for x in cells)])
+    curve = table(['updates', *(f'{step:,}' for step in steps)], rows)
+    return f"""On {SPLIT}; in brackets in lower case:
+
+{first}
+Published: {PUBLISHED.value:g} ({PUBLISHED.source}).
+
+{published}
+On val, greedy, on the way, of the first seed:
+
+{curve}"""
 
 
-def draw(lines: list[dict]) -> Figure:
-    """BLEU of the validation split against the time that its steps took."""
+def _describe(lines: list[Line]) -> list[str]:
+    """The seeds of a cell."""
+    line = lines[0]
+    values = partial(values_of, lines, line['cell'])
+    bleu = []
+    for beam in BEAMS:
+        scores = [values('test', f'beam{beam}', key) for key in BLEU]
+        cased, lower = map(mean_sd, scores)
+        bleu.append(f'{cased} ({lower})')
+    minutes = max(values('seconds')) / 60
+    return [
+        f'{line["params"]:,}',
+        f'{line["steps"]:,}',
+        f'{minutes:.0f}',
+        f'{line["rates"]["tokens_per_second"]:,.0f}',
+        mean_sd(values('test', 'beam1', 'perplexity'), '.2f'),
+        *bleu,
+    ]
+
+
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
+    """BLEU of the validation split against the time that its steps took, on a CPU."""
     figure = Figure(figsize=(5, 3.2), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for line in lines:
+        if line['cell'] not in CPU:
+            continue
         minutes = line['rates']['step_seconds'] / 60
         points = {minutes * int(n): s['bleu'] for n, s in line['scores'].items()}
-        name = MODELS.get(line['config'], line['config'])
-        axes.plot(list(points), list(points.values()), 'o-', ms=4, label=name)
+        label = line['cell'].removeprefix('cpu/')
+        axes.plot(list(points), list(points.values()), 'o-', ms=4, label=label)
     axes.set_ylim(bottom=0)
     axes.set_xlabel('minutes of training, 2 CPU cores')
     axes.set_ylabel('BLEU on val, greedy')
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    return figure
+    return {'picture.png': figure}
 
 
-if __name__ == '__main__':
-    test = FinalTest(SPLIT, measure)
-    sys.exit(main(__doc__, HERE, sweep(), render, test=test, draw=draw))
+TEST = FinalTest(measure, SPLIT)
+EXPERIMENT = Experiment(sweep, render, draw, partial(train_cell, test=TEST))

@@ -1,0 +1,224 @@
+"""vit_jax reproduce"""
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+
+from vit_jax.commands import options
+from vit_jax.errors import UserError, unknown
+from vit_jax.experiment import (
+    Cell,
+    Experiment,
+    Line,
+    cell_folder,
+    find_line,
+    load_experiment,
+    read_result,
+    run_cell,
+)
+from vit_jax.jobs import Job, available_cpus, run_jobs, shares
+from vit_jax.processes import count_gpus, how_it_ended
+from vit_jax.reproduce import gather, update_results
+from vit_jax.results import status, table, values_of
+
+EPILOG = """\
+A cell that has run does not run again, and one that was interrupted goes on: the same
+command always finishes what is left. Who deletes a cell's folder in the workdir has it
+run again.
+
+  vit_jax reproduce --list
+  vit_jax reproduce convit_table3 --list
+  vit_jax reproduce convit_table3/digits --workdir=/tmp/runs --jobs=2
+  vit_jax reproduce convit_table2/ConViT-S/10% --workdir=/data/runs \\
+      --data_dir=/data/tfds
+
+As an array of Slurm jobs, each with its part of the cells:
+
+  sbatch --array=0-8 --wrap='vit_jax reproduce convit_table2 --workdir=/shared/runs \\
+      --part=$SLURM_ARRAY_TASK_ID/9'
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = options.make_parser(
+        'reproduce',
+        'Runs the cells of a table, and writes it with the published values beside.',
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        'name', nargs='?', metavar='EXPERIMENT[/CELL]', help='a folder in experiments/'
+    )
+    parser.add_argument(
+        '--list', action='store_true', help='what there is, and what has run'
+    )
+    parser.add_argument('--workdir', type=pathlib.Path, help='for all runs')
+    parser.add_argument('--data_dir', help='where datasets lie: dataset.data_dir')
+    parser.add_argument('--seed', type=int, help='this one alone')
+    parser.add_argument(
+        '--jobs',
+        type=options.positive,
+        default=1,
+        help='cells at a time, each on its share of the GPUs, or CPU cores',
+    )
+    parser.add_argument(
+        '--part', type=_part, metavar='I/N', help='every Nth cell, from the Ith; from 0'
+    )
+    parser.add_argument(
+        '--results',
+        type=pathlib.Path,
+        metavar='DIR',
+        help='for results.jsonl, table.md and pictures; what is there has run already '
+        '(EXPERIMENT in the workdir)',
+    )
+    parser.add_argument(
+        '--experiments',
+        type=pathlib.Path,
+        metavar='DIR',
+        default=pathlib.Path('experiments'),
+        help='the folder of experiments (./experiments)',
+    )
+    args = options.parse_strict(parser, argv)
+    options.quiet()
+    if args.name is None:
+        if not args.list:
+            raise UserError('name an experiment; --list tells which there are')
+        print(_list_experiments(args.experiments), end='')
+        return 0
+    name, _, below = args.name.partition('/')
+    experiment = _load(args.experiments, name)
+    cells = experiment.cells(below)
+    if args.seed is not None:
+        cells = [cell for cell in cells if cell.seed == args.seed]
+        if not cells:
+            raise UserError(f'{args.name} has no seed {args.seed}')
+    if args.list:
+        folder = args.results or args.experiments / name
+        workdir = args.workdir and args.workdir / name
+        print(_list_cells(cells, gather(experiment, folder, workdir)), end='')
+        return 0
+    if args.workdir is None:
+        raise UserError('name a folder for the runs, such as --workdir=/tmp/runs')
+    if args.part:
+        part, of = args.part
+        cells = cells[part::of]
+    return _run(args, experiment, cells)
+
+
+def _run(
+    args: argparse.Namespace, experiment: Experiment, cells: Sequence[Cell]
+) -> int:
+    """Runs what has not run; a cell that cannot stops no other."""
+    workdir = args.workdir / experiment.name
+    results = args.results or workdir
+    done = gather(experiment, results, workdir)
+    left = [cell for cell in cells if find_line(cell, done) is None]
+    print(f'{len(left)} of {len(cells)} cells are to run', file=sys.stderr)
+    failures = []
+    run = _run_one_by_one if args.jobs == 1 else _run_side_by_side
+    for cell, error in run(args, experiment, left):
+        told = f'{experiment.name}/{cell.name}, seed {cell.seed}: {error or "done"}'
+        if error:
+            failures.append(error)
+        if len(left) > 1 or not error:  # one error is told below
+            print(told, file=sys.stderr)
+        update_results(experiment, results, workdir)
+    print(update_results(experiment, results, workdir), end='')
+    print(f'{results} holds results.jsonl and table.md', file=sys.stderr)
+    if failures:
+        several = f'{len(failures)} of {len(left)} cells did not run, as told above'
+        raise UserError(failures[0] if len(left) == 1 else several)
+    return 0
+
+
+Ran = Iterator[tuple[Cell, str | None]]  # and what was wrong
+
+
+def _run_one_by_one(
+    args: argparse.Namespace, experiment: Experiment, cells: Sequence[Cell]
+) -> Ran:
+    for cell in cells:
+        try:
+            run_cell(experiment, cell, args.workdir / experiment.name, args.data_dir)
+        except UserError as error:
+            yield cell, str(error)
+        else:
+            yield cell, None
+
+
+def _run_side_by_side(
+    args: argparse.Namespace, experiment: Experiment, cells: Sequence[Cell]
+) -> Ran:
+    """Each cell in a process of its own, for JAX takes all the devices that it sees."""
+    common = [f'--workdir={args.workdir}', f'--experiments={args.experiments}']
+    common += [f'--data_dir={args.data_dir}'] if args.data_dir else []
+    jobs = []
+    for cell in cells:
+        name = f'{experiment.name}/{cell.name}'
+        command = [sys.executable, '-m', 'vit_jax.main', 'reproduce', name]
+        log = cell_folder(cell, args.workdir / experiment.name) / 'log.txt'
+        jobs.append(Job([*command, f'--seed={cell.seed}', *common], log))
+    dealt = shares(args.jobs, available_cpus(), count_gpus(os.environ))
+    # As by Ctrl-C: those that run are asked to end, and save.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for number, code in run_jobs(jobs, dealt):
+            cell, log = cells[number], jobs[number].log
+            error = None
+            if code or not read_result(cell, args.workdir / experiment.name):
+                *_, last = log.read_text().splitlines() or ['']
+                last = last.removeprefix('vit_jax: error: ')
+                error = f'{last} ({how_it_ended(code)}; see {log})'
+            yield cell, error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _load(base: pathlib.Path, name: str) -> Experiment:
+    known = _names(base)
+    if name not in known:
+        raise unknown(f'experiment in {base}/', name, known)
+    return load_experiment(base / name)
+
+
+def _names(base: pathlib.Path) -> list[str]:
+    """The folders of experiments."""
+    if not base.is_dir():
+        raise UserError(
+            f'no such folder: {base}; run this where the project is, or name the '
+            'folder by --experiments'
+        )
+    return sorted(file.parent.name for file in base.glob('*/sweep.py'))
+
+
+def _list_experiments(base: pathlib.Path) -> str:
+    rows = []
+    for name in _names(base):
+        experiment = load_experiment(base / name)
+        ran, cells = gather(experiment, base / name), experiment.cells()
+        rows.append([name, f'{len(ran)} of {len(cells)}', experiment.title])
+    return table(['experiment', 'have run', 'what'], rows)
+
+
+def _list_cells(cells: Sequence[Cell], lines: Sequence[Line]) -> str:
+    """Of the lines that the experiment's folder, or the workdir, holds."""
+    rows = []
+    for name in dict.fromkeys(cell.name for cell in cells):
+        same = [cell for cell in cells if cell.name == name]
+        ran = [cell for cell in same if find_line(cell, lines)]
+        expected = same[0].expected
+        published = f'{expected.value:g} ({expected.source})' if expected else ''
+        state = f'{len(ran)} of {len(same)} seeds'
+        if expected:
+            state += f', {status(values_of(lines, name), expected)}'
+        rows.append([name, state, published])
+    return table(['cell', 'have run', 'published'], rows)
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, of = map(int, text.split('/'))
+    if not 0 <= part < of:
+        raise ValueError
+    return part, of

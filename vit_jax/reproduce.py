@@ -1,0 +1,63 @@
+"""An experiment's results: gathered from where its cells ran, and written.
+
+In the folder of the results lie `results.jsonl`, a line for each cell that has run, in
+the order of the sweep; `table.md`; and pictures. All but the first is computed from it,
+again whenever asked for.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import filelock
+
+from vit_jax.experiment import Experiment, Line, find_line, read_lines, read_result
+
+RESULTS = 'results.jsonl'
+
+
+def gather(
+    experiment: Experiment, results: pathlib.Path, workdir: pathlib.Path | None = None
+) -> list[Line]:
+    """The lines of the cells that have run.
+
+    Args:
+      experiment: whose cells.
+      results: a folder that may hold `results.jsonl`.
+      workdir: of the runs. A result that lies there counts before a line of
+        `results.jsonl`; where both are one folder, it alone counts.
+
+    Raises:
+      UserError: for a file that is no JSON.
+    """
+    known = [] if results == workdir else read_lines(results / RESULTS)
+    lines = []
+    for cell in experiment.cells():
+        line = workdir and read_result(cell, workdir)
+        lines.append(line or find_line(cell, known))
+    return [line for line in lines if line]
+
+
+def write_results(
+    experiment: Experiment, lines: Sequence[Line], folder: pathlib.Path
+) -> str:
+    """Writes `results.jsonl`, `table.md` and the pictures; returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    table = experiment.render(lines)
+    for name, content in ((RESULTS, text), ('table.md', table)):
+        temporary = folder / f'{name}.tmp'
+        temporary.write_text(content)
+        temporary.replace(folder / name)
+    for name, figure in experiment.draw(lines).items():
+        figure.savefig(folder / name)
+    return table
+
+
+def update_results(
+    experiment: Experiment, results: pathlib.Path, workdir: pathlib.Path
+) -> str:
+    """Gathers and writes; of several processes that do, the last one has all lines."""
+    results.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(results / '.lock'):
+        return write_results(experiment, gather(experiment, results, workdir), results)
