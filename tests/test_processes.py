@@ -77,10 +77,35 @@ def images(data_dir):
 """
 
 
+TRANSLATE = """
+from vit_jax.config import default_config
+
+def get_config(variant=None):
+    config = default_config('translate')
+    config.model.name = 'Transformer-tiny'
+    config.model.kwargs = {'width': 16, 'depth': 1, 'mlp_dim': 24, 'num_heads': 2}
+    config.dataset.name = 'dates:num_examples=61'
+    config.dataset.eval_split = 'train'
+    config.text.tokenizer = 'char'
+    config.text.vocab_size = 100
+    config.text.buckets = (24, 40)
+    config.text.tokens_per_batch = 400
+    config.text.extra_length = 0
+    config.num_steps = 30
+    config.optim.learning_rate = 0.02
+    config.optim.warmup_steps = 5
+    config.checkpoint.every_steps = 30
+    config.log.every_steps = 1
+    config.log.tensorboard = False
+    return config
+"""
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
     (folder / 'config.py').write_text(CONFIG)
+    (folder / 'translate.py').write_text(TRANSLATE)
     (folder / 'mortal').mkdir()
     (folder / 'mortal' / 'data.py').write_text(DATA)
     return folder
@@ -210,6 +235,26 @@ def test_evaluation_over_processes(runs, start):
     last = read_metrics(folder / '2x4')[-1]
     assert result['examples'] == 37
     assert result['loss'] == pytest.approx(last['eval/loss'], rel=1e-6)
+
+
+def test_translation_over_processes(folder, start):
+    """Losses, and the score of what is translated, 61 pairs in batches of 10 to 16."""
+    results = []
+    for name, launch, devices in (('t2x4', TWO, None), ('t1x8', [], 8)):
+        words = ['train', '--config=translate.py', f'--workdir={name}']
+        process = start(*launch, *words, devices=devices)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        results.append(read_metrics(folder / name))
+    scores = []
+    for here, there in zip(*results, strict=True):
+        for metric in ('train/loss', 'eval/loss', 'eval/perplexity', 'eval/bleu'):
+            assert (metric in here) == (metric in there)
+            if metric in here:
+                assert here[metric] == pytest.approx(there[metric], rel=1e-5), metric
+        scores += [here[metric] for metric in here if metric == 'eval/bleu']
+    assert len(scores) == 1
+    assert scores[0] > 0  # or there would be nothing to compare
 
 
 ENDLESS = [*TRAIN, '--config.num_steps=100000', '--config.eval.every_steps=100000']
