@@ -52,30 +52,29 @@ def measure(run: Run, variables: Variables) -> dict:
 
 def render(lines: Sequence[Line]) -> str:
     """BLEU of the test split, of the published protocol, of val on the way."""
-    rows = []
+    rows, found = [], {}
     for name in (*CPU, *FULL):
-        found = [line for line in lines if line['cell'] == name]
-        rows.append([name, *(_describe(found) if found else [NOT_RUN] * 7)])
-    header = ['cell', 'parameters', 'updates', 'minutes', 'tokens/s', 'perplexity']
-    first = table([*header, 'BLEU greedy', 'BLEU beam 5'], rows)
+        found[name] = [line for line in lines if line['cell'] == name]
+        rows.append([name, *_describe(found[name])])
+    header = ['cell', 'seeds', 'parameters', 'updates', 'minutes', 'tokens/s']
+    header += ['perplexity', 'BLEU greedy', 'lower case', 'BLEU beam 5', 'lower case']
+    scores = table(header, rows)
 
     rows = []
-    for name, key in zip(('as it is', 'in lower case'), BLEU):
+    for how, key in zip(('as it is', 'in lower case'), BLEU):
         values = values_of(lines, 'Transformer', 'test', 'beam5', key)
-        rows.append([name, mean_sd(values), status(values, PUBLISHED)])
+        rows.append([how, mean_sd(values), status(values, PUBLISHED)])
     published = table(['Transformer, beam 5', 'BLEU', 'status'], rows)
 
     steps = sorted({int(n) for line in lines for n in line['scores']})
     rows = []
-    for name in (*CPU, *FULL):
-        found = [line['scores'] for line in lines if line['cell'] == name][:1]
-        scores = found[0] if found else {}
-        cells = [scores.get(str(step), {}).get('bleu') for step in steps]
-        rows.append([name, *('' if x is None else f'{x:.1f}' for x in cells)])
+    for name in (name for name in found if found[name]):
+        bleu = {int(n): s['bleu'] for n, s in found[name][0]['scores'].items()}
+        rows.append([name, *(f'{bleu[n]:.1f}' if n in bleu else '' for n in steps)])
     curve = table(['updates', *(f'{step:,}' for step in steps)], rows)
-    return f"""On {SPLIT}; in brackets in lower case:
+    return f"""On {SPLIT}:
 
-{first}
+{scores}
 Published: {PUBLISHED.value:g} ({PUBLISHED.source}).
 
 {published}
@@ -84,23 +83,21 @@ On val, greedy, on the way, of the first seed:
 {curve}"""
 
 
-def _describe(lines: list[Line]) -> list[str]:
+def _describe(lines: Sequence[Line]) -> list[str]:
     """The seeds of a cell."""
-    line = lines[0]
-    values = partial(values_of, lines, line['cell'])
-    bleu = []
-    for beam in BEAMS:
-        scores = [values('test', f'beam{beam}', key) for key in BLEU]
-        cased, lower = map(mean_sd, scores)
-        bleu.append(f'{cased} ({lower})')
-    minutes = max(values('seconds')) / 60
+    if not lines:
+        return [NOT_RUN] * 10
+    first = lines[0]
+    values = partial(values_of, lines, first['cell'], 'test')
+    scores = [values('beam1', 'perplexity')]
+    scores += [values(f'beam{beam}', key) for beam in BEAMS for key in BLEU]
     return [
-        f'{line["params"]:,}',
-        f'{line["steps"]:,}',
-        f'{minutes:.0f}',
-        f'{line["rates"]["tokens_per_second"]:,.0f}',
-        mean_sd(values('test', 'beam1', 'perplexity'), '.2f'),
-        *bleu,
+        str(len(lines)),
+        f'{first["params"]:,}',
+        f'{first["steps"]:,}',
+        f'{max(line["seconds"] for line in lines) / 60:.0f}',
+        f'{first["rates"]["tokens_per_second"]:,.0f}',
+        *(mean_sd(score).partition(' (')[0] for score in scores),
     ]
 
 
