@@ -17,8 +17,8 @@ LEVELS = (
     'update tasks feed',
     'build',
     'train evaluate export benchmark sown maps sequence_maps pictures report summary '
-    'experiment results reproduce jobs interrupt recent telemetry slices topology '
-    'largest_batch probes processes',
+    'sequence_pictures experiment results reproduce jobs interrupt recent telemetry '
+    'slices topology largest_batch probes processes',
     'commands',
     'main',
 )

@@ -7,6 +7,7 @@ summed up: attention rollout, and the non-locality of ConViT.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
 import flax.struct
@@ -84,6 +85,16 @@ class AttentionMaps:
     rollout: LayerMaps | None
     pool: Array | None
 
+    @property
+    def by_name(self) -> dict[str, 'LayerMaps | Array']:
+        """What there is to look at: the layers, 'rollout', and `[N, *grid]` 'pool'."""
+        found: dict[str, LayerMaps | Array] = {x.name: x for x in self.layers}
+        if self.rollout is not None:
+            found['rollout'] = self.rollout
+        if self.pool is not None:
+            found['pool'] = self.pool[0]
+        return found
+
 
 def attention_maps(
     model: nn.Module, variables: Variables, images: Array
@@ -150,6 +161,55 @@ def attention_maps(
         weights = rollout([layer.weights for layer in layers])[:, None]
         through = LayerMaps(weights, None, 'rollout', grid, grid)
     return AttentionMaps(found.out, tuple(layers), through, pool)
+
+
+Query: TypeAlias = Shape | str | None  # (row, column), 'mean', or the default
+
+
+class View(NamedTuple):
+    """Where one query attends.
+
+    Attributes:
+      maps: `[N, R, C]`, over the keys.
+      query: what attends, in words.
+      cell: (row, column) of the query, where it is one cell.
+      grid: (rows, columns) of the queries.
+    """
+
+    maps: Array
+    query: str
+    cell: Shape | None
+    grid: Shape
+
+
+def view(layer: LayerMaps | Array, query: Query, class_token: bool) -> View:
+    """Where a query attends in the first image.
+
+    Args:
+      layer: of `AttentionMaps.by_name`; of an array, the query is the pooling one.
+      query: (row, column), or 'mean' over all; None for the class token, and for the
+        centre patch of a layer without.
+      class_token: whether the first of the prefix tokens is one.
+
+    Raises:
+      UserError: for a query outside of the grid.
+    """
+    if not isinstance(layer, LayerMaps):
+        return View(layer, 'the pooling query', None, layer.shape[1:])
+    rows, columns = layer.grid
+    if query is None and class_token and layer.num_prefix:
+        return View(layer.prefix_weights[0, :, 0], 'the class token', None, layer.grid)
+    weights = layer.grid_weights[0]  # [N, R, C, *key_grid]
+    if isinstance(query, str):
+        return View(weights.mean(axis=(1, 2)), 'all patches, mean', None, layer.grid)
+    row, column = query or (rows // 2, columns // 2)
+    if row >= rows or column >= columns:
+        raise UserError(
+            f'the query {row},{column} is outside of the {times(layer.grid)} grid of '
+            f'{layer.name}; the last is {rows - 1},{columns - 1}'
+        )
+    words = f'patch {row},{column}'
+    return View(weights[:, row, column], words, (row, column), layer.grid)
 
 
 def _lay_out(

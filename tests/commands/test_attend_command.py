@@ -239,7 +239,7 @@ def test_the_last_cell_of_a_rectangle(run, fails, twice, drawn, tmp_path):
     assert run(*argv, '--query=3,8').code == 0
     assert drawn[0][2] == (3, 8)
     line = fails(*argv, '--query=4,3')
-    assert line.startswith('--query=4,3 is outside of the 4x9 grid of rollout')
+    assert line.startswith('the query 4,3 is outside of the 4x9 grid of rollout')
 
 
 def test_outputs_are_written_again_and_the_workdir_is_not(

@@ -7,7 +7,7 @@ import pytest
 from command_lines import DATES
 from PIL import Image
 
-import vit_jax.pictures
+import vit_jax.sequence_pictures
 from vit_jax.build import build
 from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.config import from_dict
@@ -45,13 +45,13 @@ def lstm(tmp_path_factory):
 def drawn(monkeypatch):
     """The arguments of every sheet that a command draws."""
     calls = []
-    draw = vit_jax.pictures.draw_token_maps
+    draw = vit_jax.sequence_pictures.draw_token_maps
 
     def record(*args):
         calls.append(args)
         return draw(*args)
 
-    monkeypatch.setattr(vit_jax.pictures, 'draw_token_maps', record)
+    monkeypatch.setattr(vit_jax.sequence_pictures, 'draw_token_maps', record)
     return calls
 
 

@@ -4,17 +4,17 @@ import argparse
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_jax.commands import attend_text, options, trained
 from vit_jax.commands.layer_files import choose, file_name, save
-from vit_jax.errors import UserError, times
-from vit_jax.typing import Array, Shape
+from vit_jax.errors import UserError
+from vit_jax.typing import Array
 
 if TYPE_CHECKING:  # --help is quick
-    from vit_jax.maps import AttentionMaps, LayerMaps
+    from vit_jax.maps import AttentionMaps, LayerMaps, Query, View
 
 EPILOG = """\
 Of images, in DIR a folder per image holds
@@ -43,24 +43,6 @@ given that translation; else it is its own.
   vit_jax attend --weights=/tmp/digits seven.png --out=/tmp/maps --layers=block03
   vit_jax attend --weights=/tmp/multi30k --source='A dog runs.' --out=/tmp/maps
 """
-
-Query: TypeAlias = Shape | str | None  # (row, column), 'mean', or the default
-
-
-class View(NamedTuple):
-    """Where one query attends.
-
-    Attributes:
-      maps: `[N, R, C]`, over the keys.
-      query: what attends, in words.
-      cell: (row, column) of the query, where it is one cell.
-      grid: (rows, columns) of the queries.
-    """
-
-    maps: Array
-    query: str
-    cell: Shape | None
-    grid: Shape
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,7 +87,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f'--{name} is for images; leave it out beside --source')
 
 
-def _draw_images(args: argparse.Namespace, query: Query) -> None:
+def _draw_images(args: argparse.Namespace, query: 'Query') -> None:
     found, images = trained.load(args)
     import jax
 
@@ -128,7 +110,7 @@ def _draw_images(args: argparse.Namespace, query: Query) -> None:
     _write_layers(out, maps.layers, [np.mean(each, axis=0) for each in zip(*distances)])
 
 
-def _parse_query(text: str | None) -> Query:
+def _parse_query(text: str | None) -> 'Query':
     if text is None or text == 'mean':
         return text
     if not re.fullmatch(r'\d+,\d+', text):
@@ -150,44 +132,18 @@ def _folders(images: Sequence[str]) -> list[str]:
 
 
 def _views(
-    maps: 'AttentionMaps', chosen: str | None, query: Query, class_token: bool
-) -> dict[str, View]:
+    maps: 'AttentionMaps', chosen: str | None, query: 'Query', class_token: bool
+) -> 'dict[str, View]':
     """What there is to draw of one image, by name."""
-    found: dict[str, LayerMaps | Array] = {layer.name: layer for layer in maps.layers}
-    if maps.rollout is not None:
-        found['rollout'] = maps.rollout
-    if maps.pool is not None:
-        found['pool'] = maps.pool[0]
+    from vit_jax.maps import view
+
+    found = maps.by_name
     names = choose(found, chosen)
-    return {name: _view(found[name], query, class_token) for name in names}
-
-
-def _view(layer: 'LayerMaps | Array', query: Query, class_token: bool) -> View:
-    """Where the query attends in a layer, or the pooling query, `[N, R, C]`.
-
-    Raises:
-      UserError: for a query outside of the grid.
-    """
-    if isinstance(layer, (np.ndarray, Array)):
-        return View(layer, 'the pooling query', None, layer.shape[1:])
-    rows, columns = layer.grid
-    if query is None and class_token and layer.num_prefix:
-        return View(layer.prefix_weights[0, :, 0], 'the class token', None, layer.grid)
-    weights = layer.grid_weights[0]  # [N, R, C, *key_grid]
-    if isinstance(query, str):
-        return View(weights.mean(axis=(1, 2)), 'all patches, mean', None, layer.grid)
-    row, column = query or (rows // 2, columns // 2)
-    if row >= rows or column >= columns:
-        raise UserError(
-            f'--query={row},{column} is outside of the {times(layer.grid)} grid of '
-            f'{layer.name}; the last is {rows - 1},{columns - 1}'
-        )
-    words = f'patch {row},{column}'
-    return View(weights[:, row, column], words, (row, column), layer.grid)
+    return {name: view(found[name], query, class_token) for name in names}
 
 
 def _write_image(
-    folder: pathlib.Path, pixels: np.ndarray, views: dict[str, View], predicted: str
+    folder: pathlib.Path, pixels: np.ndarray, views: 'dict[str, View]', predicted: str
 ) -> None:
     """The pictures of one image."""
     from vit_jax.pictures import draw_image, draw_sheet
