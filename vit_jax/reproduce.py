@@ -7,11 +7,15 @@ again whenever asked for.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import filelock
 
 from vit_jax.experiment import Experiment, Line, find_line, read_lines, read_result
+
+if TYPE_CHECKING:  # `reproduce --list` is quick
+    from matplotlib.figure import Figure
 
 RESULTS = 'results.jsonl'
 
@@ -43,15 +47,45 @@ def write_results(
 ) -> str:
     """Writes `results.jsonl`, `table.md` and the pictures; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = ''.join(json.dumps(line) + '\n' for line in lines)
-    table = experiment.render(lines)
-    for name, content in ((RESULTS, text), ('table.md', table)):
-        temporary = folder / f'{name}.tmp'
-        temporary.write_text(content)
-        temporary.replace(folder / name)
-    for name, figure in experiment.draw(lines).items():
+    _write(folder / RESULTS, ''.join(json.dumps(line) + '\n' for line in lines))
+    return write_tables(experiment, lines, folder).table
+
+
+class Tables(NamedTuple):
+    """What is computed from the lines of an experiment.
+
+    Attributes:
+      lines: of the cells that have run.
+      table: `table.md`.
+      pictures: by the names of their files.
+    """
+
+    lines: Sequence[Line]
+    table: str
+    pictures: 'Mapping[str, Figure]'
+
+
+def write_tables(
+    experiment: Experiment, lines: Sequence[Line], folder: pathlib.Path
+) -> Tables:
+    """Writes `table.md` and the pictures."""
+    tables = Tables(lines, experiment.render(lines), experiment.draw(lines))
+    _write(folder / 'table.md', tables.table)
+    for name, figure in tables.pictures.items():
         figure.savefig(folder / name)
-    return table
+    return tables
+
+
+def update_tables(experiment: Experiment, results: pathlib.Path) -> Tables:
+    """Writes again what follows from `results.jsonl`, which is left as it is."""
+    with filelock.FileLock(results / '.lock'):
+        return write_tables(experiment, gather(experiment, results), results)
+
+
+def _write(path: pathlib.Path, content: str) -> None:
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_text(content)
+    temporary.replace(path)
 
 
 def update_results(

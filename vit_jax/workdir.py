@@ -45,7 +45,7 @@ def open_workdir(
             path.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 stack.enter_context(filelock.FileLock(path / '.lock', timeout=0))
-            held = _read_config(path)
+            held = read_config(path)
             if any((path / 'checkpoints').glob('*')):  # something to protect
                 if held is None:
                     raise UserError(
@@ -78,7 +78,12 @@ def write_launch(path: pathlib.Path, config: dict[str, Any]) -> None:
         file.write(json.dumps(_environment()) + '\n')
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any] | None:
+def read_config(path: pathlib.Path) -> dict[str, Any] | None:
+    """The config of the run that a folder holds; None where it holds none.
+
+    Raises:
+      UserError: when the file is damaged.
+    """
     file = path / 'config.json'
     if not file.exists():
         return None

@@ -79,7 +79,11 @@ class MetricWriter:
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     """The lines of a run's `metrics.jsonl`; a line cut off by a crash is left out."""
-    path = workdir / 'metrics.jsonl'
+    return read_whole_lines(workdir / 'metrics.jsonl')
+
+
+def read_whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file up to one that was cut off; none if it is not there."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
