@@ -19,7 +19,10 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['vit_jax', 'vit_jax.*']),
-    package_data={'vit_jax.pretrained': ['imagenet_classes.txt']},
+    package_data={
+        'vit_jax.pretrained': ['imagenet_classes.txt'],
+        'vit_jax.report': ['page.css'],
+    },
     entry_points={'console_scripts': ['vit_jax = vit_jax.main:main']},
     # Lower bounds are the oldest versions whose interfaces we use, upper bounds the
     # next release that may break them. `constraints.txt` pins a set that passed.
@@ -35,6 +38,7 @@ setup(
         'huggingface-hub>=1.0,<3',
         'jax>=0.10,<0.12',
         'importlib-resources>=6,<8',  # TFDS imports it without asking for it
+        'markdown-it-py>=3,<5',
         'matplotlib>=3.9,<4',
         'ml-dtypes>=0.4,<1',
         'ml-collections>=1.0,<2',

@@ -20,6 +20,7 @@ COMMANDS = {
     'prepare': 'a dataset, such as ImageNet from its tars, as training reads it',
     'check_data': 'what a config will read, with one decoded batch',
     'reproduce': "a paper's table: runs its cells, compares with published values",
+    'report': 'runs and experiments as one HTML file: curves, tables, maps',
     'launch': 'a command in several processes, here or as a job of Slurm',
     'compile': 'the train step for TPUs that are not here: what it needs of them',
     'benchmark': 'how fast GPSA is next to plain attention, or a config trains',

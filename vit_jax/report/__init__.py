@@ -1,0 +1,1 @@
+"""Runs and experiments as one page: curves, tables, pictures of attention."""
