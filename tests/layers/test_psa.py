@@ -185,6 +185,12 @@ def test_without_local_init_all_kernels_are_random():
     np.testing.assert_array_equal(params['value']['bias'], np.zeros((3, 5)))
 
 
+def test_gates_start_as_they_are_told():
+    module = GPSA(3, (2, 3), local_init=False, gating_init=0.0)
+    params = reference.init(module, jnp.zeros((1, 6, 15)))
+    np.testing.assert_array_equal(params['gating'], np.zeros(3))
+
+
 @pytest.mark.parametrize('impl', ['factored', 'dense'])
 def test_nine_sharp_heads_are_a_convolution(impl):
     (rows, cols), width = (5, 7), 18

@@ -103,6 +103,12 @@ def test_locality_strength_needs_a_convolutional_start(fields):
         reference.init_shapes(model, jnp.ones(IMAGE))
 
 
+def test_gates_need_layers_that_have_them():
+    model = make_model(gating_init=0.0, num_local_layers=0)
+    with pytest.raises(UserError, match='gating_init is of GPSA: it needs num_local'):
+        reference.init_shapes(model, jnp.ones(IMAGE))
+
+
 @pytest.mark.parametrize('num_local_layers', [-1, 4])
 def test_number_of_local_layers_must_lie_within_the_depth(num_local_layers):
     message = f'num_local_layers {num_local_layers} is not between 0 and the depth 3'
@@ -163,6 +169,7 @@ def test_every_field_matters():
         'num_local_layers': 1,
         'local_init': False,
         'locality_strength': 2.0,
+        'gating_init': 0.0,
         'posemb': 'none',
         'pool': 'mean',
         'qkv_bias': True,

@@ -376,6 +376,7 @@ class GPSA(nn.Module):
       grid: (rows, columns) of the tokens.
       local_init: start as a convolution: `conv_init`, and values the identity.
       locality_strength: sharpness of the convolutional start.
+      gating_init: what the gates start as, before the sigmoid.
       qkv_bias: whether query, key and value have biases; the output always has.
       dropout_rate: dropout of the attention weights (dense computation).
       impl: see `gated_positional_attention`.
@@ -388,6 +389,7 @@ class GPSA(nn.Module):
     grid: Grid
     local_init: bool = True
     locality_strength: float = 1.0
+    gating_init: float = 1.0
     qkv_bias: bool = False
     dropout_rate: float = 0.0
     impl: str = 'auto'
@@ -438,9 +440,8 @@ class GPSA(nn.Module):
         bias = self.param(
             'position_bias', nn.initializers.zeros, (self.num_heads,), jnp.float32
         )
-        gating = self.param(
-            'gating', nn.initializers.ones, (self.num_heads,), jnp.float32
-        )
+        start = nn.initializers.constant(self.gating_init)
+        gating = self.param('gating', start, (self.num_heads,), jnp.float32)
         self.sow('intermediates', 'gates', jax.nn.sigmoid(gating))
         if needs_weights(self, self.dropout_rate, train):
             weights = gpsa_weights(query, key, kernel, bias, gating, self.grid)

@@ -33,6 +33,7 @@ class ConViT(nn.Module):
       num_local_layers: how many blocks, from the first, have GPSA.
       local_init: start GPSA as a convolution; needs a square number of heads.
       locality_strength: sharpness of that convolution.
+      gating_init: what GPSA's gates start as, before the sigmoid.
       gpsa_impl: see `gated_positional_attention`.
       The others are those of `ViT`; the attention maps have biases as `qkv_bias`
       says, in both kinds of block.
@@ -49,6 +50,7 @@ class ConViT(nn.Module):
     num_local_layers: int = 10
     local_init: bool = True
     locality_strength: float = 1.0
+    gating_init: float = 1.0
     posemb: str = 'learned'
     pool: str = 'cls'
     qkv_bias: bool = False
@@ -127,6 +129,7 @@ class ConViT(nn.Module):
             grid=grid,
             local_init=self.local_init,
             locality_strength=self.locality_strength,
+            gating_init=self.gating_init,
             impl=self.gpsa_impl,
             attention_impl=self.attention_impl,
             **shared,
@@ -173,6 +176,8 @@ class ConViT(nn.Module):
                 'locality_strength is of the convolutional start: it needs '
                 'local_init=True and num_local_layers above 0'
             )
+        if self.gating_init != 1.0 and not self.num_local_layers:
+            raise UserError('gating_init is of GPSA: it needs num_local_layers above 0')
         if self.num_local_layers == self.depth and self.pool == 'cls':
             raise UserError(
                 f'all {self.depth} layers are local, so no class token can join; use '

@@ -1,0 +1,103 @@
+"""ConViT, DeiT and a ResNet on a part of the data (ConViT's table 2).
+
+vit_jax reproduce convit_table2/digits --workdir=/tmp/runs --jobs=2
+"""
+
+from collections.abc import Iterator, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vit_jax.experiment import Cell, Expected, Experiment, Line
+from vit_jax.results import mean_sd, published_table, table, values_of, verdict
+
+SOURCE = 'arXiv 2103.10697, table 2'
+FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1.0)
+PUBLISHED = {  # top-1 by fraction
+    'ConViT-S': (47.8, 59.6, 73.7, 78.2, 81.4),
+    'DeiT-S': (34.8, 48.0, 66.1, 74.6, 79.9),
+}
+CONFIGS = {
+    'ConViT-S': 'configs/imagenet_convit.py',
+    'DeiT-S': 'configs/imagenet_deit.py',
+}
+CIFAR10 = {
+    'ConViT': 'configs/cifar10_convit.py',
+    'ViT': 'configs/cifar10_vit.py',
+    'ResNet': 'configs/cifar10_resnet.py',
+}
+DIGITS = {
+    'ConViT': 'configs/digits_road.py:convit',
+    'ViT': 'configs/digits_road.py:learned',
+    'ResNet': 'configs/digits_road.py:resnet',
+}
+MODELS = tuple(DIGITS)
+SEEDS = (0, 1, 2)
+
+
+def sweep() -> Iterator[Cell]:
+    """Every cell, the small ones first."""
+    for seed in SEEDS:
+        for fraction in FRACTIONS:
+            for model, config in DIGITS.items():
+                # So many steps whatever the fraction: as many images seen.
+                overrides = {'dataset.train_fraction': fraction, 'num_steps': 2500}
+                yield Cell(f'digits/{model}/{fraction:.0%}', config, overrides, seed)
+    for seed in SEEDS:
+        for fraction in FRACTIONS:
+            for model, config in CIFAR10.items():
+                overrides = scale_epochs(100.0, fraction)
+                yield Cell(f'cifar10/{model}/{fraction:.0%}', config, overrides, seed)
+    for model, config in CONFIGS.items():
+        for fraction, top1 in zip(FRACTIONS, PUBLISHED[model]):
+            name, overrides = f'{model}/{fraction:.0%}', scale_epochs(300.0, fraction)
+            yield Cell(name, config, overrides, expected=Expected(top1, SOURCE))
+
+
+def scale_epochs(epochs: float, fraction: float) -> dict[str, float]:
+    """As many images seen as in `epochs` of all data."""
+    return {'dataset.train_fraction': fraction, 'num_epochs': epochs / fraction}
+
+
+def render(lines: Sequence[Line]) -> str:
+    """Accuracy by fraction, the claim, and the published table."""
+    parts = []
+    for data in ('digits', 'cifar10'):
+        rows = []
+        for fraction in map('{:.0%}'.format, FRACTIONS):
+            found = [values_of(lines, f'{data}/{m}/{fraction}') for m in MODELS]
+            convit, vit, _ = found
+            rows.append([fraction, *map(mean_sd, found), verdict(convit, vit)])
+        header = [f'training data, {data}', *MODELS, 'ConViT above ViT?']
+        parts.append(table(header, rows))
+    parts.append(published_table(sweep(), lines))
+    return '\n'.join(parts)
+
+
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
+    """Accuracy by fraction on digits, with the spread over seeds."""
+    figure = Figure(figsize=(5, 3.2), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, model in enumerate(MODELS):
+        for fraction in FRACTIONS:
+            values = values_of(lines, f'digits/{model}/{fraction:.0%}')
+            axes.plot([100 * fraction] * len(values), values, 'o', ms=3, color=f'C{i}')
+        means = {
+            100 * fraction: sum(values) / len(values)
+            for fraction in FRACTIONS
+            if (values := values_of(lines, f'digits/{model}/{fraction:.0%}'))
+        }
+        axes.plot(list(means), list(means.values()), color=f'C{i}', label=model)
+    axes.set_xscale('log')
+    ticks = [100 * fraction for fraction in FRACTIONS]
+    axes.set_xticks(ticks, [f'{tick:.0f}%' for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel('training digits')
+    axes.set_ylabel('test accuracy, %')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return {'digits.png': figure}
+
+
+EXPERIMENT = Experiment(sweep, render, draw)
