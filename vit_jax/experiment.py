@@ -14,7 +14,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vit_jax.config import load_config, override
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # `reproduce --list` is quick
     from matplotlib.figure import Figure
 
     from vit_jax.build import Run
-    from vit_jax.typing import Variables
+    from vit_jax.typing import Array, Variables
 
 Line = dict[str, Any]  # what is told of a cell, as JSON
 
@@ -152,6 +153,37 @@ def build_cell(cell: Cell, **dataset: str | None) -> 'Run':
     values |= {f'dataset.{k}': v for k, v in dataset.items() if v is not None}
     arguments = [f'--config.{key}={value}' for key, value in values.items()]
     return build(override(load_config(cell.config), arguments), named=list(values))
+
+
+def each_checkpoint(
+    run: 'Run', workdir: pathlib.Path
+) -> Iterator[tuple[int, 'Variables']]:
+    """The variables of a run's start, and of every checkpoint that its workdir keeps.
+
+    Args:
+      run: of the workdir, see `build_cell`.
+      workdir: after its training, with `checkpoint.keep` set to keep them.
+    """
+    from vit_jax.checkpoint import Checkpoints
+    from vit_jax.pretrained import load_variables
+
+    yield 0, run.init().variables
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+    for step in steps:
+        yield step, load_variables(f'{workdir}@{step}', run.model, run.inputs)[0]
+
+
+def first_images(run: 'Run', count: int) -> 'Array':
+    """The first images of the split to evaluate on, as the model takes them."""
+    from vit_jax.tasks.classify import normalize
+
+    with closing(run.eval_data()) as batches:
+        images = next(batches)['image']
+    if len(images) < count:
+        raise UserError(f'a batch has {len(images)} images, {count} are asked for')
+    seen = run.metadata['preprocessing']
+    return normalize(images[:count], seen['mean'], seen['std'])
 
 
 def _measure(

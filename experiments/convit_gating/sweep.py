@@ -1,0 +1,102 @@
+"""How much of GPSA stays convolution: gates over training, by layer and head.
+
+vit_jax reproduce convit_gating/digits --workdir=/tmp/runs
+"""
+
+import pathlib
+import statistics
+from collections.abc import Iterator, Sequence
+
+import jax
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vit_jax.experiment import (
+    Cell,
+    Experiment,
+    Line,
+    build_cell,
+    each_checkpoint,
+    first_images,
+    train_cell,
+)
+from vit_jax.maps import attention_maps
+from vit_jax.results import NOT_RUN, table, values_of
+
+SEEDS = (0, 1, 2)
+KEEP = {'checkpoint.every_steps': 100, 'checkpoint.keep': 1000}
+
+
+def sweep() -> Iterator[Cell]:
+    """Every cell, the small ones first."""
+    for seed in SEEDS:
+        yield Cell('digits', 'configs/digits_convit.py', KEEP, seed)
+    keep = {'checkpoint.every_steps': 25_000, 'checkpoint.keep': 1000}
+    yield Cell('ConViT-S', 'configs/imagenet_convit.py', keep)
+
+
+def measure(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> Line:
+    """Trains, and reads the gates of every checkpoint from a forward pass."""
+    line = train_cell(cell, workdir, data_dir)
+    run = build_cell(cell, data_dir=data_dir)
+    images = first_images(run, 1)
+    gates_of = jax.jit(lambda variables: attention_maps(run.model, variables, images))
+    gates = {}
+    for step, variables in each_checkpoint(run, workdir):
+        layers = gates_of(variables).layers
+        found = [layer.gates for layer in layers if layer.gates is not None]
+        gates[str(step)] = [layer.tolist() for layer in jax.device_get(found)]
+    return {**line, 'gates': gates}
+
+
+def render(lines: Sequence[Line]) -> str:
+    """The mean gate of each layer, over heads and seeds, on the way."""
+    parts = []
+    for name in ('digits', 'ConViT-S'):
+        found = values_of(lines, name, 'gates')
+        if not found:
+            parts.append(table([name, 'gates'], [['all layers', NOT_RUN]]))
+            continue
+        steps = _some(list(found[0]))
+        rows = []
+        for layer in range(len(found[0]['0'])):
+            means = [
+                statistics.mean(gate for seed in found for gate in seed[step][layer])
+                for step in steps
+            ]
+            rows.append([f'block{layer:02d}', *(f'{mean:.3f}' for mean in means)])
+        header = [f'{name}, updates', *(f'{int(step):,}' for step in steps)]
+        parts.append(table(header, rows))
+    return '\n'.join(parts)
+
+
+def _some(steps: list[str]) -> list[str]:
+    """About seven of them, first and last included."""
+    return [step for i, step in enumerate(steps) if i % max(len(steps) // 6, 1) == 0]
+
+
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
+    """A panel for each layer, a line for each head of each seed."""
+    found = values_of(lines, 'digits', 'gates')
+    if not found:
+        return {}
+    layers = len(found[0]['0'])
+    figure = Figure(figsize=(3 * layers, 2.8), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, layers, sharey=True)
+    for layer, axes in enumerate(all_axes):
+        for seed, gates in enumerate(found):
+            steps = [int(step) for step in gates]
+            for head, values in enumerate(zip(*(g[layer] for g in gates.values()))):
+                label = f'head {head}' if seed == 0 else None
+                axes.plot(steps, values, color=f'C{head}', lw=1, alpha=0.8, label=label)
+        axes.set_title(f'block{layer:02d}', size=10)
+        axes.set_xlabel('updates')
+        axes.set_ylim(0, 1)
+        axes.spines[['top', 'right']].set_visible(False)
+    all_axes[0].set_ylabel('gate: share of position')
+    all_axes[0].legend(fontsize=7, frameon=False)
+    return {'gates.png': figure}
+
+
+EXPERIMENT = Experiment(sweep, render, draw, measure)

@@ -1,0 +1,86 @@
+"""How local a start, in how many layers, helps on little data (ConViT's figure 8).
+
+vit_jax reproduce convit_locality/digits --workdir=/tmp/runs --jobs=2
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.results import mean_sd, table, values_of
+
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+LAYERS = (1, 2, 3)  # of four that are GPSA
+SEEDS = (0, 1, 2)
+PAPER_STRENGTHS = (0.5, 1.0, 1.5, 2.0)
+PAPER_LAYERS = (3, 6, 9, 10)  # of twelve
+
+
+def sweep() -> Iterator[Cell]:
+    """Every cell, the small ones first."""
+    for seed in SEEDS:
+        for layers in LAYERS:
+            for strength in STRENGTHS:
+                overrides = {
+                    'dataset.train_fraction': 0.1,
+                    'num_steps': 1000,
+                    'model.kwargs.num_local_layers': layers,
+                    'model.kwargs.locality_strength': strength,
+                }
+                name = f'digits/{layers}/{strength:g}'
+                yield Cell(name, 'configs/digits_road.py:convit', overrides, seed)
+    for layers in PAPER_LAYERS:
+        for strength in PAPER_STRENGTHS:
+            overrides = {
+                'dataset.train_fraction': 0.1,
+                'num_epochs': 3000.0,
+                'model.kwargs.num_local_layers': layers,
+                'model.kwargs.locality_strength': strength,
+            }
+            name = f'ConViT-S/{layers}/{strength:g}'
+            yield Cell(name, 'configs/imagenet_convit.py', overrides)
+
+
+def render(lines: Sequence[Line]) -> str:
+    """Accuracy by strength and number of layers."""
+    parts = []
+    for data, all_layers, strengths in (
+        ('digits', LAYERS, STRENGTHS),
+        ('ConViT-S', PAPER_LAYERS, PAPER_STRENGTHS),
+    ):
+        rows = [
+            [
+                str(layers),
+                *(
+                    mean_sd(values_of(lines, f'{data}/{layers}/{s:g}'))
+                    for s in strengths
+                ),
+            ]
+            for layers in all_layers
+        ]
+        header = [f'{data}: GPSA layers', *(f'strength {s:g}' for s in strengths)]
+        parts.append(table(header, rows))
+    return '\n'.join(parts)
+
+
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
+    """Accuracy over strength, a line for each number of layers."""
+    figure = Figure(figsize=(4.5, 3), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for layers in LAYERS:
+        found = {s: values_of(lines, f'digits/{layers}/{s:g}') for s in STRENGTHS}
+        means = {s: statistics.mean(values) for s, values in found.items() if values}
+        axes.plot(list(means), list(means.values()), 'o-', ms=4, label=f'{layers} of 4')
+    axes.set_xscale('log', base=2)
+    axes.set_xlabel('locality strength')
+    axes.set_ylabel('test accuracy, %, a tenth of the digits')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(title='GPSA layers', fontsize=8, frameon=False)
+    return {'locality.png': figure}
+
+
+EXPERIMENT = Experiment(sweep, render, draw)
