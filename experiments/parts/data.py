@@ -1,0 +1,87 @@
+"""Digits cut in four parts that lie apart: in their places, or in each other's.
+
+Both classes hold the same parts, so that what tells them apart is the arrangement
+alone. A gap keeps strokes from going on across a cut, and the whole lies anywhere on a
+larger canvas, so that the border does not tell a part's place either.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.datasets import Dataset, DataSource, load_dataset
+from vit_jax.data.transforms import decode_image
+
+CANVAS = 16  # pixels a side
+GAP = 2  # between parts
+PART = 4  # pixels a side, a quarter of a digit
+REPEATS = {'train': 8, 'test': 2}  # arrangements of each digit, half of them right
+RIGHT = (0, 1, 2, 3)
+# No part is in its place.
+WRONG = tuple(
+    order
+    for order in itertools.permutations(RIGHT)
+    if not any(part == place for place, part in enumerate(order))
+)
+
+
+def arrange(
+    image: np.ndarray, order: tuple[int, ...], row: int, col: int
+) -> np.ndarray:
+    """The parts of a digit on a canvas.
+
+    Args:
+      image: `[8, 8, 1]`.
+      order: which part lies in each of the four places, row by row.
+      row, col: where the whole begins, 0 to `CANVAS - 2 * PART - GAP`.
+
+    Returns:
+      `[16, 16, 1]`, of the image's dtype.
+    """
+    canvas = np.zeros((CANVAS, CANVAS, 1), image.dtype)
+    for place, part in enumerate(order):
+        (y, x), (py, px) = divmod(part, 2), divmod(place, 2)
+        top, left = row + py * (PART + GAP), col + px * (PART + GAP)
+        cut = image[y * PART : (y + 1) * PART, x * PART : (x + 1) * PART]
+        canvas[top : top + PART, left : left + PART] = cut
+    return canvas
+
+
+@dataclasses.dataclass(frozen=True)
+class Arranged:
+    """Example i is a function of i: of digit i // repeats, right where i is even."""
+
+    digits: DataSource
+    repeats: int
+
+    def __len__(self) -> int:
+        return len(self.digits) * self.repeats
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        digit = self.digits[index // self.repeats]
+        rng = np.random.default_rng(index)
+        label = index % 2
+        order = WRONG[rng.integers(len(WRONG))] if label else RIGHT
+        row, col = rng.integers(CANVAS - 2 * PART - GAP + 1, size=2)
+        pixels = decode_image(digit['image'], 1, digit['name'])
+        image = arrange(pixels, order, int(row), int(col))
+        return {'image': image, 'label': label, 'name': f'{digit["name"]} {order}'}
+
+
+def make(data_dir: str | None) -> Dataset:
+    """For `config.dataset.name = 'experiments.parts.data:make'`."""
+    digits = load_dataset('digits', data_dir)
+
+    def open_split(split: str) -> Arranged:
+        return Arranged(digits.open(split), REPEATS[split])
+
+    return dataclasses.replace(
+        digits,
+        name='parts of digits',
+        splits={split: digits.splits[split] * n for split, n in REPEATS.items()},
+        class_names=('right', 'scrambled'),
+        image_shape=(CANVAS, CANVAS, 1),
+        open=open_split,
+    )

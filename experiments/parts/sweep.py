@@ -1,0 +1,97 @@
+"""Parts in their places or in each other's: who can tell.
+
+vit_jax reproduce parts --workdir=/tmp/runs --jobs=2
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.results import NOT_RUN, mean_sd, table, values_of, verdict
+
+SEEDS = (0, 1, 2)
+DEPTHS = (1, 2, 3, 4, 5, 7)  # convolutions 3x3 of stride 1; each sees two pixels more
+VIT = {'width': 64, 'depth': 4, 'mlp_dim': 128, 'num_heads': 4}
+
+
+def receptive_field(depth: int) -> int:
+    """Pixels a side that a stack of 3x3 convolutions sees.
+
+    >>> receptive_field(3)
+    7
+    """
+    return 1 + 2 * depth
+
+
+def models() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Of each cell: what it is, a step of the road, and the model's fields."""
+    found: dict[str, tuple[str, str, dict[str, Any]]] = {}
+    for depth in DEPTHS:
+        side = receptive_field(depth)
+        fields = {'widths': (32,) * depth, 'strides': (1,) * depth}
+        found[f'CNN-{side}'] = (f'CNN that sees {side}x{side} pixels', 'cnn', fields)
+    found['ViT'] = ('ViT, learned positions', 'learned', VIT)
+    found['ViT-none'] = ('ViT without positions', 'no_positions', VIT)
+    return found
+
+
+def sweep() -> Iterator[Cell]:
+    """Every cell."""
+    for seed in SEEDS:
+        for name, (_, step, fields) in models().items():
+            overrides: dict[str, Any] = {
+                'dataset.name': 'experiments.parts.data:make',
+                'augment.crop': 'none',
+                **{f'model.kwargs.{key}': value for key, value in fields.items()},
+            }
+            yield Cell(name, f'configs/digits_road.py:{step}', overrides, seed)
+
+
+def render(lines: Sequence[Line]) -> str:
+    """Accuracy of each; chance is 50%."""
+    rows = []
+    for name, (what, *_) in models().items():
+        params = [f'{line["params"]:,}' for line in lines if line['cell'] == name]
+        cells = [*params[:1], NOT_RUN][:1]
+        rows.append([what, *cells, mean_sd(values_of(lines, name))])
+    first, *_, last = (f'CNN-{receptive_field(depth)}' for depth in DEPTHS)
+    claims = [
+        [
+            f'{one} above {other}',
+            verdict(values_of(lines, one), values_of(lines, other)),
+        ]
+        for one, other in ((last, first), ('ViT', 'ViT-none'), ('ViT', first))
+    ]
+    accuracies = table(['model', 'parameters', 'accuracy'], rows)
+    return f'{accuracies}\n{table(["claim", "verdict"], claims)}'
+
+
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
+    """Accuracy by receptive field; ViT with and without positions as lines."""
+    figure = Figure(figsize=(4.5, 3), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    sides = {
+        receptive_field(depth): f'CNN-{receptive_field(depth)}' for depth in DEPTHS
+    }
+    found = {side: values_of(lines, name) for side, name in sides.items()}
+    means = {side: statistics.mean(values) for side, values in found.items() if values}
+    axes.plot(list(means), list(means.values()), 'o-', ms=4, label='CNN')
+    for name, label in (('ViT', 'ViT'), ('ViT-none', 'ViT without positions')):
+        if values := values_of(lines, name):
+            style = {'ls': '--', 'color': 'C1' if name == 'ViT' else 'C2'}
+            axes.axhline(statistics.mean(values), label=label, **style)
+    axes.axhline(50, color='0.8', lw=1)
+    axes.set_xticks(list(sides))
+    axes.set_xlabel('receptive field, pixels a side')
+    axes.set_ylabel('test accuracy, %')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return {'parts.png': figure}
+
+
+EXPERIMENT = Experiment(sweep, render, draw)
