@@ -34,7 +34,8 @@ class Expected(NamedTuple):
     """A published value.
 
     Attributes:
-      value: such as top-1 accuracy in per cent.
+      value: such as top-1 accuracy in per cent; of what is measured it is compared
+        with 'value', or with 'accuracy' as a share.
       source: where it is told.
       tolerance: how far from it is still the same.
     """

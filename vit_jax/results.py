@@ -23,16 +23,22 @@ def values_of(lines: Iterable[Line], name: str, *path: str) -> list[Any]:
     Args:
       lines: of the experiment.
       name: of the cell.
-      path: keys, one in the other; none is 'accuracy', in per cent.
+      path: keys, one in the other; none is what is compared with a published value:
+        'value', or where nothing is so called 'accuracy', in per cent.
 
     >>> lines = [{'cell': 'digits/ViT', 'seed': 0, 'accuracy': 0.5, 'test': {'f1': 3}}]
     >>> values_of(lines, 'digits/ViT'), values_of(lines, 'digits/ViT', 'test', 'f1')
     ([50.0], [3])
+    >>> values_of([{'cell': 'macs/ViT', 'seed': 0, 'value': 1.3}], 'macs/ViT')
+    [1.3]
     """
     found = [line for line in lines if line['cell'] == name]
     found.sort(key=lambda line: line['seed'])
     if not path:
-        return [100 * line['accuracy'] for line in found]
+        return [
+            line['value'] if 'value' in line else 100 * line['accuracy']
+            for line in found
+        ]
     return [functools.reduce(operator.getitem, path, line) for line in found]
 
 
