@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,7 +18,7 @@ from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import ViT
 from vit_jax.pretrained import load_params, load_variables
 from vit_jax.pretrained.convert import to_published
-from vit_jax.pretrained.source import open_source
+from vit_jax.pretrained.source import NATIVE, open_source
 
 D, F, V = 6, 10, 7
 SIZE = (8, 12)  # a grid of 4x6
@@ -79,6 +80,29 @@ def refuses(path, model=None, size=SIZE, **kwargs):
     message = str(caught.value)
     assert '\n' not in message
     return message
+
+
+class Net(nn.Module):
+    """Has what models of images seldom have."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        self.variable('batch_stats', 'conv/kernel/u', jnp.ones, (2, 3))
+        return image * self.param('gamma', nn.initializers.zeros, ())
+
+
+def test_a_scalar_and_a_name_with_slashes_of_its_own(tmp_path):
+    arrays = {
+        'params/gamma': np.array(0.7, np.float32),
+        'batch_stats/conv/kernel/u': np.arange(6, dtype=np.float32).reshape(2, 3),
+    }
+    save_file(arrays, tmp_path / 'weights', metadata={'format': NATIVE})
+    variables, report = load(tmp_path / 'weights', Net())
+    assert set(report.loaded) == set(arrays)
+    assert variables.keys() == {'params', 'batch_stats'}
+    assert variables['params']['gamma'] == arrays['params/gamma']
+    found = variables['batch_stats']['conv/kernel/u']
+    np.testing.assert_array_equal(found, arrays['batch_stats/conv/kernel/u'])
 
 
 def test_every_array_lands_where_it_belongs(write):

@@ -64,12 +64,16 @@ def load_variables(
     """
     inputs = _inputs(image_size, channels)
 
-    def init(rng: PRNGKey) -> dict[str, Array]:
+    def init_tree(rng: PRNGKey) -> Variables:
         zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
-        return flatten_dict(model.init({'params': rng}, *zeros, train=False), sep='/')
+        return model.init({'params': rng}, *zeros, train=False)
+
+    def init(rng: PRNGKey) -> dict[str, Array]:
+        return flatten_dict(init_tree(rng), sep='/')
 
     rng = jax.random.key(0) if rng is None else rng
-    shapes = jax.eval_shape(init, rng)
+    tree = jax.eval_shape(init_tree, rng)
+    shapes = flatten_dict(tree, sep='/')
     source = path if isinstance(path, Source) else open_source(path)
     _check_heads(source, model)
     plan = make_plan(source, shapes, new_head=new_head, grid=grid)
@@ -108,7 +112,9 @@ def load_variables(
         ),
         metadata=source.metadata,
     )
-    return unflatten_dict({k: found[k] for k in shapes}, sep='/'), report
+    # Names of `nn.SpectralNorm` have slashes of their own.
+    leaves = {key: found['/'.join(key)] for key in flatten_dict(tree)}
+    return unflatten_dict(leaves), report
 
 
 def load_params(
@@ -151,11 +157,13 @@ def _read(step: Step) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves that an array of the file stands for."""
     x = step.array.read().reshape(step.shape)
     shapes = [shape for _, shape in step.parts]
-    if step.layout is None:
-        lengths = [math.prod(shape[:-1]) for shape in shapes]
-    else:
-        lengths = [step.layout.shape(shape)[0] for shape in shapes]
-    parts = np.split(x, np.cumsum(lengths)[:-1]) if len(lengths) > 1 else [x]
+    parts = [x]  # whole, and perhaps a scalar, which has no length
+    if len(shapes) > 1:
+        if step.layout is None:
+            lengths = [math.prod(shape[:-1]) for shape in shapes]
+        else:
+            lengths = [step.layout.shape(shape)[0] for shape in shapes]
+        parts = np.split(x, np.cumsum(lengths)[:-1])
     for (leaf, shape), part in zip(step.parts, parts):
         read = step.layout.read if step.layout else np.reshape
         yield leaf, read(part, shape)
