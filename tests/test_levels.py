@@ -11,10 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
     'typing config errors axes sharding forks hardware cluster',
-    'layers data losses metrics averaging writer param_groups optim state',
+    'layers data losses metrics frechet averaging writer param_groups optim state',
     'models checkpoint stored workdir pretrained modules parallel decode task_data '
-    'image_data translation text_data',
-    'update tasks feed',
+    'image_data translation text_data frozen',
+    'update tasks feed features generation',
     'build',
     'train evaluate export benchmark sown maps sequence_maps pictures report summary '
     'sequence_pictures experiment results reproduce jobs interrupt recent telemetry '

@@ -55,6 +55,13 @@ def keep_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
 
 
+def gather_rows(tree: Any) -> Any:
+    """Each leaf `[B, ...]` with the rows of all devices that share the batch."""
+    if not batch_axis():
+        return tree
+    return jax.lax.all_gather(tree, BATCH_AXIS, tiled=True)
+
+
 def example_keys(rng: PRNGKey, num_rows: int) -> Array:
     """One key per row, the same for a row of the global batch on any device layout.
 

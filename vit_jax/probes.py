@@ -11,16 +11,20 @@ from functools import partial
 from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.axes import BATCH_AXIS, batch_axis
 from vit_jax.build import Run
 from vit_jax.data.watch import Watch
 from vit_jax.errors import UserError
-from vit_jax.tasks.classify import normalize
+from vit_jax.features import (
+    check_features,
+    collect_rows,
+    compile_rows,
+    headless,
+    image_features,
+)
 from vit_jax.typing import Array, Batch, Variables
 
 # Similarities that are held at once, of some queries with all training examples.
@@ -43,20 +47,6 @@ class Features(NamedTuple):
     labels: np.ndarray
 
 
-def headless(model: nn.Module) -> nn.Module:
-    """The model without its classifier: it returns the pooled features `[B, D]`.
-
-    Raises:
-      UserError: for a model of a fork that has no such form.
-    """
-    if not hasattr(model, 'num_classes'):
-        raise UserError(
-            f'{type(model).__name__} has no field num_classes, by which its classifier '
-            'could be left out'
-        )
-    return model.clone(num_classes=None)
-
-
 def extract_features(
     run: Run, variables: Variables, data: Watch, split: str = ''
 ) -> Features:
@@ -73,54 +63,21 @@ def extract_features(
         features that are not finite.
     """
     seen = run.metadata['preprocessing']
-    step = run.parallel.eval_step(
-        partial(
-            _feature_step,
-            model=headless(run.model),
-            mean=tuple(seen['mean']),
-            std=tuple(seen['std']),
+    model = headless(run.model)
+
+    def step(variables: Variables, batch: Batch) -> tuple[Array, ...]:
+        features = image_features(
+            variables, batch['image'], model, tuple(seen['mean']), tuple(seen['std'])
         )
-    )
+        return features, batch['label'], batch['weight']
+
     with closing(data):
-        batches: list[tuple[np.ndarray, ...]] = []
-        coming: list[tuple[Array, ...]] = []  # on their way to the host
-        for batch in run.parallel.prefetch(data):
-            coming.append(step(variables, batch))
-            if len(coming) > 2:
-                batches.append(jax.device_get(coming.pop(0)))
-        batches += jax.device_get(coming)
-    features, labels, weights = map(np.concatenate, zip(*batches))
-    if features.ndim != 2:
-        raise UserError(
-            f'{type(run.model).__name__} gives features [B, D] = {features.shape}; a '
-            'probe needs one vector for an image'
-        )
+        program = compile_rows(step, run.parallel)
+        features, labels, weights = collect_rows(program, variables, data, run.parallel)
     real = weights > 0  # others only fill the last batch
     features, labels = features[real], labels[real]
-    bad = np.count_nonzero(~np.isfinite(features).all(axis=1))
-    if bad:
-        raise UserError(
-            f'the features of {bad:,} of {len(features):,} {split or "given"} examples '
-            'are not finite: the weights hold NaN, or are too large for config.dtype'
-        )
+    check_features(run.model, features, split or 'given')
     return Features(features, labels)
-
-
-def _feature_step(
-    variables: Variables,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> tuple[Array, Array, Array]:
-    """Features, labels and weights of all rows of the global batch."""
-    images = normalize(batch['image'], mean, std)
-    features: Array = model.apply(variables, images, train=False)  # type: ignore
-    rows = features.astype(jnp.float32), batch['label'], batch['weight']
-    if batch_axis() is None:
-        return rows
-    return jax.lax.all_gather(rows, BATCH_AXIS, tiled=True)
 
 
 # --- Nearest neighbours -----------------------------------------------------------

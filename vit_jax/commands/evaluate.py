@@ -61,10 +61,10 @@ def main(argv: Sequence[str]) -> None:
     from vit_jax.config import from_dict, override
     from vit_jax.data.vocabulary import folder_of
     from vit_jax.evaluate import evaluate
+    from vit_jax.features import headless
     from vit_jax.pretrained import load_variables
     from vit_jax.pretrained.classes import check_classes
     from vit_jax.pretrained.source import open_source
-    from vit_jax.probes import headless
     from vit_jax.stored import latest_step
 
     weights, named = args.workdir or args.weights, options.keys(overrides)
