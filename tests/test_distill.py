@@ -19,6 +19,7 @@ from vit_jax.checkpoint import Checkpoints, shapes_on
 from vit_jax.config import ConfigReader, default_config
 from vit_jax.data.augment import BatchAugment
 from vit_jax.errors import UserError
+from vit_jax.frozen import Frozen, check_fits
 from vit_jax.image_data import make_image_data
 from vit_jax.models import build_model
 from vit_jax.parallel import Parallel, make_parallel
@@ -79,7 +80,8 @@ def test_soft_gradients_keep_their_size_at_high_temperatures():
 
 
 def make_settings(**values):
-    teacher = distill.Teacher(
+    teacher = Frozen(
+        role='teacher',
         path='/none',
         model=build_model('CNN', V, **CNN),
         image_shape=(SIZE, SIZE, CHANNELS),
@@ -438,16 +440,16 @@ def test_a_teacher_that_does_not_fit_the_classes(teacher):
     metadata = open_source(teacher).metadata
     config, parallel = make_config('classify'), make_parallel('jit')
     images = make_image_data(ConfigReader(config), parallel)
-    distill._check_fits('T', metadata, images)
+    check_fits('T', metadata, images)
     dataset = dataclasses.replace(images.dataset, class_names=('a', 'b', 'c'))
     others = dataclasses.replace(images, dataset=dataset)
     with pytest.raises(
         UserError, match=r'^T knows 3 classes \(class_0, .*\(a, b, c\)$'
     ):
-        distill._check_fits('T', metadata, others)
+        check_fits('T', metadata, others)
     features = {**metadata, 'model': {**metadata['model'], 'num_classes': None}}
     with pytest.raises(UserError, match=r'^T has no classifier, only features'):
-        distill._check_fits('T', features, images)
+        check_fits('T', features, images)
 
 
 def test_a_teacher_that_cannot_see_the_images(tmp_path):

@@ -10,9 +10,6 @@ of a checkpoint: a run that goes on reads it again.
 """
 
 import dataclasses
-import os
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,16 +20,11 @@ import optax
 from vit_jax.axes import batch_sum
 from vit_jax.config import ConfigReader
 from vit_jax.errors import UserError, unknown
+from vit_jax.frozen import Frozen, find_frozen
 from vit_jax.image_data import ImageData
 from vit_jax.losses import cross_entropy
 from vit_jax.metrics import classification_metrics
-from vit_jax.modules import make_stored_model
-from vit_jax.pretrained import load_variables
-from vit_jax.pretrained.classes import check_classes
 from vit_jax.pretrained.load import Placement
-from vit_jax.pretrained.metadata import is_complete
-from vit_jax.pretrained.published import find_published
-from vit_jax.pretrained.source import open_source
 from vit_jax.state import TrainState
 from vit_jax.tasks import classify
 from vit_jax.tasks.classify import eval_step, prepare
@@ -42,7 +34,6 @@ from vit_jax.typing import (
     Inputs,
     Metrics,
     PRNGKey,
-    Shape,
     Variables,
 )
 from vit_jax.update import accumulate, apply_gradients
@@ -59,46 +50,18 @@ __all__ = [
 KINDS = ('hard', 'soft')
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model to learn from; its variables lie in the state.
-
-    Attributes:
-      path: of the weights, see `load_variables`.
-      model: the Flax module.
-      image_shape: (height, width, channels) of the run's images.
-      mean, std: of the pixels that it was trained with, in [0, 1].
-      grid: of the positions in the weights, where it is known.
-    """
-
-    path: str
-    model: nn.Module
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    grid: Shape | None = None
-
-    @property
-    def shapes(self) -> Any:
-        """Shapes and dtypes of its variables."""
-        image = jnp.zeros((1, *self.image_shape))
-        return jax.eval_shape(
-            lambda: self.model.init({'params': jax.random.key(0)}, image, train=False)
-        )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(classify.Settings):
     """What a step needs beside model and optimizer.
 
     Attributes:
-      teacher: see `Teacher`.
+      teacher: the other model; its variables lie in the state.
       kind: 'hard', its most likely class; 'soft', its probabilities.
       weight: share of the loss that is the teacher's, in [0, 1].
       temperature: by which both logits are divided, for 'soft'.
     """
 
-    teacher: Teacher
+    teacher: Frozen
     kind: str = 'hard'
     weight: float = 0.5
     temperature: float = 1.0
@@ -112,6 +75,12 @@ def make_settings(c: ConfigReader, images: ImageData) -> Settings:
         not say what it is, or knows other classes or images.
     """
     kind, weight, values = c.distill.kind, c.distill.weight, {}
+    path = c.distill.teacher
+    if not path:
+        raise UserError(
+            "task='distill' needs a teacher: set config.distill.teacher to the workdir "
+            'of a run, or other weights'
+        )
     if kind not in KINDS:
         raise unknown('distill.kind', kind, KINDS)
     if not 0.0 <= weight <= 1.0:
@@ -125,7 +94,7 @@ def make_settings(c: ConfigReader, images: ImageData) -> Settings:
             )
     return Settings(
         **vars(classify.make_settings(c, images)),
-        teacher=_find_teacher(c.distill.teacher, images),
+        teacher=find_frozen('teacher', path, images),
         kind=kind,
         weight=weight,
         **values,
@@ -137,84 +106,9 @@ def facts(settings: Settings) -> dict[str, Any]:
     return {'teacher': settings.teacher.path}
 
 
-def _find_teacher(path: str, images: ImageData) -> Teacher:
-    """The teacher behind a path; none of its arrays is read."""
-    if not path:
-        raise UserError(
-            "task='distill' needs a teacher: set config.distill.teacher to the workdir "
-            'of a run, or other weights'
-        )
-    # What is known of published weights is known before they are fetched.
-    metadata = find_published(path)
-    if metadata is None:
-        source = open_source(path)
-        metadata = source.metadata
-        if source.step is not None and os.path.exists(path):  # not 'workdir@step'
-            path = f'{path}@{source.step}'  # the teacher stays, its run may go on
-    if metadata is None or not is_complete(metadata, 'model', 'preprocessing'):
-        raise UserError(
-            f'the teacher {path} does not say which model it is of; take a workdir, an '
-            'exported folder or an address that `vit_jax summarize --zoo` lists, or '
-            'convert it with --like'
-        )
-    about, seen = metadata['model'], metadata['preprocessing']
-    _check_fits(f'the teacher {path}', metadata, images)
-    teacher = Teacher(
-        path=path,
-        model=make_stored_model(about, path),
-        image_shape=images.image_shape,
-        mean=tuple(seen['mean']),
-        std=tuple(seen['std']),
-        grid=tuple(about['grid']) if 'grid' in about else None,
-    )
-    try:
-        _ = teacher.shapes
-    except UserError as error:  # patches that do not divide the images
-        raise UserError(f'the teacher {path} does not fit here: {error}') from error
-    return teacher
-
-
-def _check_fits(teacher: str, metadata: Mapping[str, Any], images: ImageData) -> None:
-    """Raises UserError for a teacher of other classes or other images."""
-    num_classes = metadata['model']['num_classes']
-    names, channels = images.dataset.class_names, images.image_shape[2]
-    if num_classes is None:
-        raise UserError(
-            f'{teacher} has no classifier, only features; fine-tune it first'
-        )
-    if num_classes != len(names):
-        raise UserError(
-            f'{teacher} knows {num_classes} classes, the data has {len(names)}'
-        )
-    check_classes(teacher, metadata, names)
-    if metadata['preprocessing']['channels'] != channels:
-        raise UserError(
-            f'{teacher} sees images of {metadata["preprocessing"]["channels"]} '
-            f'channel(s), those of the data have {channels}'
-        )
-
-
 def load_teacher(settings: Settings, sharding: Placement = None) -> Variables:
-    """The teacher's variables, learned positions resized to the run's images.
-
-    Args:
-      settings: see `Settings`.
-      sharding: see `load_variables`.
-
-    Raises:
-      UserError: for weights that cannot be read, or do not fit its model.
-    """
-    teacher = settings.teacher
-    variables, report = load_variables(
-        teacher.path,
-        teacher.model,
-        teacher.image_shape[:2],
-        channels=teacher.image_shape[2],
-        grid=teacher.grid,
-        sharding=sharding,
-    )
-    print(f'teacher: {report.summary()}', file=sys.stderr)
-    return variables
+    """The teacher's variables, see `Frozen.load`."""
+    return settings.teacher.load(sharding)
 
 
 def init_state(
