@@ -8,7 +8,11 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.models import build_model, list_models
-from vit_jax.models.variants import decode_variant, is_sequence_model
+from vit_jax.models.variants import (
+    decode_variant,
+    is_generative_model,
+    is_sequence_model,
+)
 
 # Counted in the public PyTorch models, 1,000 classes.
 PUBLISHED = {
@@ -240,11 +244,38 @@ def test_rounded_counts_are_those_of_the_papers(name, millions):
     assert round(COUNTS[name] / 1e6, 1) == millions
 
 
+def conv_params(size, inputs, outputs):
+    return size * size * inputs * outputs + outputs
+
+
+def sagan_params(latent, generator, discriminator, channels=3, rows=4):
+    """Without attention, which has four kernels of a 1/8 and a gamma in each net."""
+    first = generator[0]
+    total = conv_params(1, latent, rows * rows * first)
+    for inputs, width in zip((first, *generator), generator):
+        total += conv_params(3, inputs, width) + conv_params(3, width, width)
+        total += 2 * inputs + 2 * width  # norms
+        total += conv_params(1, inputs, width) if inputs != width else 0
+    total += 2 * generator[-1] + conv_params(3, generator[-1], channels)
+    for inputs, width in zip((channels, *discriminator), discriminator):
+        total += conv_params(3, inputs, width) + conv_params(3, width, width)
+        total += conv_params(1, inputs, width) if inputs != width else 0
+    return total + conv_params(1, discriminator[-1], 1)
+
+
+# On images of 32x32 in colour.
+GENERATIVE = {
+    'SAGAN': sagan_params(128, (256,) * 3, (128,) * 3)
+    + sum(4 * width * width // 8 + 1 for width in (256, 128))
+}
+
+
 def test_every_model_has_a_count():
-    counted = COUNTS | SEQUENCE
+    counted = COUNTS | SEQUENCE | GENERATIVE
     assert sorted(counted) == sorted(list_models()), (
-        'add the new model to COUNTS, or to SEQUENCE'
+        'add the new model to COUNTS, to SEQUENCE or to GENERATIVE'
     )
+    assert set(filter(is_generative_model, list_models())) == set(GENERATIVE)
     assert set(filter(is_sequence_model, list_models())) == set(SEQUENCE)
 
 
@@ -263,6 +294,13 @@ def test_parameter_count(name):
 @pytest.mark.parametrize('name', BACKBONES)
 def test_parameter_count_of_backbones(name):
     assert count(name, num_classes=None) == BACKBONES[name]
+
+
+@pytest.mark.parametrize('name', GENERATIVE)
+def test_parameter_count_of_generative_models(name):
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    params = reference.init_shapes(build_model(name, None), image)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == GENERATIVE[name]
 
 
 @pytest.mark.parametrize('name', SEQUENCE)

@@ -11,13 +11,19 @@ from flax.core import FrozenDict
 from vit_jax.data.tokenizer import PAD
 from vit_jax.errors import UserError, unknown
 from vit_jax.forks import import_path, is_path
-from vit_jax.models.variants import SEQUENCE, decode_variant, list_variants
+from vit_jax.models.variants import (
+    GENERATIVE,
+    SEQUENCE,
+    decode_variant,
+    list_variants,
+)
 
 
 def list_models() -> list[str]:
     """The names `build_model` knows; other patch sizes work too ('ViT-B/8').
 
-    Some are of models of sequences, see `variants.is_sequence_model`.
+    Some are of models of sequences, see `variants.is_sequence_model`, or of models
+    that make images, see `variants.is_generative_model`.
     """
     return list_variants()
 
@@ -72,6 +78,25 @@ def check_takes_images(model: nn.Module) -> None:
         raise UserError(
             f'a {type(model).__name__} takes sequences of tokens, not images; choose a '
             'model of images, such as ViT-S/16'
+        )
+
+
+def check_classifies(model: nn.Module) -> None:
+    """Raises UserError for a model of sequences, or one that makes images."""
+    check_takes_images(model)
+    if type(model) in GENERATIVE.values():
+        raise UserError(
+            f'a {type(model).__name__} makes images and knows no classes; set '
+            "config.task='gan', or choose another model, such as ViT-S/16"
+        )
+
+
+def check_generates(model: nn.Module) -> None:
+    """Raises UserError for a model that is not called as `SAGAN` is."""
+    if not (hasattr(model, 'generate') and hasattr(model, 'latent_dim')):
+        raise UserError(
+            f'a {type(model).__name__} does not generate images; choose a model such '
+            'as SAGAN'
         )
 
 

@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 from vit_jax.errors import UserError, unknown
 from vit_jax.models.cnn import CNN
 from vit_jax.models.convit import ConViT
+from vit_jax.models.gan import SAGAN
 from vit_jax.models.lstm import LSTM
 from vit_jax.models.mlp import MLP
 from vit_jax.models.resnet import RESNETS, ResNet
@@ -82,6 +83,9 @@ FAMILIES = {
 # Models without variants.
 SINGLE = {'CNN': CNN, 'MLP': MLP}
 
+# Models that make images, and tell them from real ones: they know no classes.
+GENERATIVE = {'SAGAN': SAGAN}
+
 # Models of sequences: called on the tokens of a source and a target, not on images.
 # Name -> (module, fields).
 SEQUENCE: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
@@ -144,7 +148,7 @@ def list_variants() -> list[str]:
         for option in ('', *family.options)
         for variant in family.patches
     ]
-    return [*names, *HYBRIDS, *RESNETS, *SINGLE, *SEQUENCE]
+    return [*names, *HYBRIDS, *RESNETS, *SINGLE, *GENERATIVE, *SEQUENCE]
 
 
 def is_sequence_model(name: str) -> bool:
@@ -154,6 +158,15 @@ def is_sequence_model(name: str) -> bool:
     (True, False)
     """
     return name in SEQUENCE
+
+
+def is_generative_model(name: str) -> bool:
+    """Whether the model of that name makes images.
+
+    >>> is_generative_model('SAGAN'), is_generative_model('CNN')
+    (True, False)
+    """
+    return name in GENERATIVE
 
 
 def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
@@ -170,6 +183,8 @@ def decode_variant(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]
     """
     if name in SINGLE:
         return SINGLE[name], {}
+    if name in GENERATIVE:
+        return GENERATIVE[name], {}
     if name in SEQUENCE:
         model, fields = SEQUENCE[name]
         return model, dict(fields)
