@@ -201,7 +201,13 @@ def test_shapes_on():
 
 @pytest.mark.parametrize(
     ('metric', 'best'),
-    [('accuracy', 10), ('loss', 20), ('ema_accuracy', 30), ('perplexity', 20)],
+    [
+        ('accuracy', 10),
+        ('loss', 20),
+        ('ema_accuracy', 30),
+        ('perplexity', 20),
+        ('frechet', 20),
+    ],
 )
 def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     scores = {  # accuracy, loss and as perplexity, ema_accuracy
@@ -217,7 +223,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     for step, values in scores.items():  # each of them after an interruption
         with Checkpoints(tmp_path, 1, 10, keep_best=metric) as checkpoints:
             evaluation = dict(zip(names, values))
-            evaluation['perplexity'] = evaluation['loss']
+            evaluation |= dict.fromkeys(('perplexity', 'frechet'), values[1])
             if step == 20:  # after a stop, the evaluation comes after the checkpoint
                 checkpoints.save(step, make_state(step), {'config': config})
                 checkpoints.note(step, evaluation)

@@ -121,7 +121,8 @@ def test_default_task():
 
 def test_resumable_keys_exist():
     keys = [key for key, _ in flatten(default_config())]
-    keys += [key for key, _ in flatten(default_config('translate'))]
+    for task in ('translate', 'gan'):
+        keys += [key for key, _ in flatten(default_config(task))]
     assert set(RESUMABLE) <= set(keys)
 
 

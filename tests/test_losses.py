@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.losses import cross_entropy, smooth_labels
+from vit_jax.losses import cross_entropy, hinge, smooth_labels
 
 LABEL = np.array([4, 0, 2])
 
@@ -48,6 +48,15 @@ def test_gradient_is_probability_minus_target():
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     target = 0.8 * np.eye(5)[LABEL] + 0.2 / 5
     np.testing.assert_allclose(grads, p - target, atol=1e-6)
+
+
+def test_the_hinge_by_hand():
+    """Of margins below and above 1; its slope is -1 where it is not 0."""
+    margin = jnp.array([-2.0, 0.0, 0.5, 1.5, 3.0])
+    assert hinge(margin).tolist() == [3.0, 1.0, 0.5, 0.0, 0.0]
+    slope = jax.grad(lambda x: hinge(x).sum())(margin)
+    assert slope.tolist() == [-1.0, -1.0, -1.0, 0.0, 0.0]
+    assert hinge(margin.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_bfloat16_logits_are_summed_in_float32():

@@ -151,7 +151,7 @@ def measure_training(run: Run, steps: int = 20, data: bool = False) -> Training:
 def make_batch(run: Run) -> Batch:
     """Noise and labels in the shape of a batch: this process's rows of it."""
     rng = np.random.default_rng(0)
-    num_classes = run.metadata['model']['num_classes']
+    num_classes = run.metadata['model']['num_classes'] or 1  # or none read
 
     def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
         shape = (x.shape[0] // jax.process_count(), *x.shape[1:])

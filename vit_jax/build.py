@@ -21,7 +21,7 @@ from vit_jax.data.watch import Watch
 from vit_jax.errors import UserError, unknown
 from vit_jax.feed import feed_from_device, feed_from_host
 from vit_jax.image_data import make_image_data
-from vit_jax.models import check_takes_images, check_translates
+from vit_jax.models import check_classifies, check_translates
 from vit_jax.modules import make_model
 from vit_jax.optim import DECAYING, make_optimizer, make_schedule
 from vit_jax.parallel import Parallel, make_parallel
@@ -160,8 +160,10 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
     model = make_model(
         c.model.name, data.num_classes, c.dtype, c.model.kwargs, c.parallel.remat
     )
-    if data.units == IMAGES:
-        check_takes_images(model)
+    if hasattr(task, 'check_model'):
+        task.check_model(model)
+    elif data.units == IMAGES:
+        check_classifies(model)
     elif data.vocabulary:
         check_translates(model)
     init_rng, step_rng = jax.random.split(jax.random.key(c.seed))

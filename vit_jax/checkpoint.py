@@ -44,7 +44,8 @@ class Checkpoints:
       keep: how many of the newest to keep; None for all.
       every_steps: the period of saving, see `regular`.
       keep_best: name of a metric of the evaluation, by which the best one is kept as
-        well; the lowest of a loss or perplexity, the highest of others. Or None.
+        well; the lowest of a loss, perplexity or distance, the highest of others. Or
+        None.
       read_only: whether the folder is another's, and left as it is.
     """
 
@@ -299,7 +300,7 @@ def best(
     >>> best([10, 20, 30], 'loss', {10: {'loss': 0.5}, 20: {'loss': 0.2}})
     20
     """
-    sign = -1.0 if metric.endswith(('loss', 'perplexity')) else 1.0
+    sign = -1.0 if metric.endswith(('loss', 'perplexity', 'frechet')) else 1.0
     known = [n for n in steps if metric in evaluations.get(n, {})]
     scores = {n: sign * evaluations[n][metric] for n in known}
     return max(scores, key=scores.__getitem__) if scores else None

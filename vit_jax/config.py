@@ -23,7 +23,7 @@ def default_config(task: str = 'classify') -> ConfigDict:
     """Every key with its default.
 
     Args:
-      task: 'classify', 'distill', 'translate', or a fork's module,
+      task: 'classify', 'distill', 'translate', 'gan', or a fork's module,
         'my_fork.my_task'.
     """
     config = ConfigDict()
@@ -142,6 +142,12 @@ def default_config(task: str = 'classify') -> ConfigDict:
         config.distill.kind = 'hard'  # its most likely class; or 'soft', probabilities
         config.distill.weight = 0.5  # of the teacher's part of the loss
         config.distill.temperature = 1.0  # of both, for 'soft'
+    if task == 'gan':  # the learning rate of each net is set by optim.rules
+        config.gan = ConfigDict()
+        # Weights, as for init.weights, of a classifier of the same images, in whose
+        # features an evaluation tells the Frechet distance. None: it does not.
+        config.gan.classifier = config_dict.placeholder(str)
+        config.gan.num_samples = 10_000  # images that are generated for it
     if task == 'translate':
         config.text = ConfigDict()
         config.text.vocab_size = 8000  # tokens, of both languages together
@@ -173,6 +179,8 @@ RESUMABLE = (
     'parallel.heartbeat_seconds',
     'eval.every_steps',
     'eval.batch_size',
+    'gan.classifier',
+    'gan.num_samples',
     'text.score',
     'text.beam',
     'text.length_penalty',

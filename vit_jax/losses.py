@@ -48,6 +48,18 @@ def label_cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> 
     return -(1.0 - smoothing) * hit - smoothing * jnp.mean(log_probs, axis=-1)
 
 
+def hinge(margin: Array) -> Array:
+    """max(0, 1 - margin), float32.
+
+    Of a discriminator, "Geometric GAN", arXiv 1705.02894, and SAGAN, arXiv 1805.08318,
+    equation 4: `hinge(logits)` of real images, `hinge(-logits)` of generated ones.
+
+    >>> hinge(jnp.array([-0.5, 0.25, 2.0]))
+    Array([1.5 , 0.75, 0.  ], dtype=float32)
+    """
+    return jnp.maximum(1.0 - margin.astype(jnp.float32), 0.0)
+
+
 def cross_entropy(logits: Array, target: Array) -> Array:
     """Cross entropy against a distribution over classes.
 

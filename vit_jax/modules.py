@@ -18,7 +18,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 def make_model(
     name: str,
-    num_classes: int,
+    num_classes: int | None,
     dtype: str,
     kwargs: dict[str, Any],
     remat: str = 'none',

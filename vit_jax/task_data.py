@@ -70,7 +70,7 @@ class TaskData:
 
     Attributes:
       dataset: what is known of the data.
-      num_classes: V, size of the logits.
+      num_classes: V, size of the logits; None for a model that knows no classes.
       inputs: shapes and dtypes of what the model takes for one example.
       units: what is counted.
       batch_shape: shapes and dtypes of a global batch; where they differ from batch to
@@ -89,7 +89,7 @@ class TaskData:
     """
 
     dataset: Source
-    num_classes: int
+    num_classes: int | None
     inputs: Inputs
     units: Units
     batch_shape: dict[str, jax.ShapeDtypeStruct]

@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     next_command = f'predict --weights={args.workdir} IMAGE'
     if run.vocabulary:
         next_command = f'translate --weights={args.workdir} FILE'
+    elif run.metadata['model']['num_classes'] is None:
+        next_command = f'evaluate --workdir={args.workdir}'
     options.print_once(
         f'finished at step {run.num_steps}: {format_metrics(result)}\n'
         f'{args.workdir} holds checkpoints/{run.num_steps}, metrics.jsonl and '

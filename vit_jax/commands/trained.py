@@ -165,8 +165,13 @@ def read_class_names(weights: str, metadata: dict[str, Any]) -> list[str]:
     Raises:
       UserError: when the weights have no classifier.
     """
+    from vit_jax.models.variants import is_generative_model
     from vit_jax.pretrained.metadata import default_class_names
 
+    if is_generative_model(metadata['model']['name']):
+        raise UserError(
+            f'{weights} is of a model that makes images and knows no classes'
+        )
     if metadata['model']['num_classes'] is None:
         raise UserError(
             f'{weights} has no classifier, only features; fine-tune it first: '

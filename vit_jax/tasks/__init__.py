@@ -11,9 +11,11 @@ settings:
 
 The training loop knows no more than that. A task of something else than images has
 `make_data(config reader, parallel) -> TaskData`, and one that is judged by more than
-metrics of batches `make_score(config reader, data, model, parallel) -> Score`. A task
-that learns from another model has `load_teacher(settings, sharding) -> variables`, and
-one whose checkpoints should say more of themselves `facts(settings) -> dict`, JSON.
+metrics of batches `make_score(config reader, data, model, parallel) -> Score | None`.
+A task whose models do not classify images may have `check_model(model)`, which raises
+UserError for one that it cannot train. A task that learns from another model has
+`load_teacher(settings, sharding) -> variables`, and one whose checkpoints should say
+more of themselves `facts(settings) -> dict`, JSON.
 """
 
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from vit_jax.errors import unknown
 from vit_jax.forks import import_path
 
-TASKS = ('classify', 'distill', 'translate')
+TASKS = ('classify', 'distill', 'translate', 'gan')
 
 
 def get_task(name: str) -> Any:

@@ -46,6 +46,7 @@ def make_settings(c: ConfigReader, images: ImageData) -> Settings:
     Raises:
       UserError: for values that make no sense.
     """
+    assert images.num_classes is not None
     return Settings(
         num_classes=images.num_classes,
         mean=images.mean,
