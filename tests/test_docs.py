@@ -41,8 +41,9 @@ def test_every_command_of_the_readme_exists():
 
 
 def test_every_config_of_the_readme_exists_and_every_config_is_named():
+    kinds = r'vit|convit|cnn|sagan|deit|transformer\w*'
     named = set(re.findall(r'configs/(\w+)\.py', README)) | set(
-        re.findall(r'`(\w+_(?:vit|convit|cnn|deit|transformer\w*)|long_range)`', README)
+        re.findall(rf'`(\w+_(?:{kinds})|long_range)`', README)
     )
     named.discard('vision_transformer')  # Google's repository
     assert named == {path.stem for path in (ROOT / 'configs').glob('*.py')}
