@@ -9,8 +9,8 @@ recipe    arXiv 2105.14462: Adam, 8,000 updates of 4,096 tokens a side, 2,000 st
           mean of the last 10 checkpoints; beam 5
 published 41.02 BLEU on test_2016_flickr (text only); whether in lower case it does not
           say, so both are printed
-expected  `:cpu`, 1,600 updates in an hour on 2 cores: 30.9 BLEU greedily, 32.3 by a beam
-          of five, see experiments/multi30k; the full recipe: not run
+expected  `:cpu`, 1,600 updates in an hour on 2 cores: 30.9 BLEU greedily, 32.3 by a
+          beam of five, see experiments/multi30k; the full recipe: not run
 
   vit_jax train --config=configs/multi30k_transformer.py --workdir=/tmp/multi30k \\
       --config.dataset.data_dir=/data/text
