@@ -41,7 +41,7 @@ def test_every_command_of_the_readme_exists():
 
 
 def test_every_config_of_the_readme_exists_and_every_config_is_named():
-    kinds = r'vit|convit|cnn|sagan|deit|transformer\w*'
+    kinds = r'vit|convit|cnn|resnet|sagan|deit|transformer\w*'
     named = set(re.findall(r'configs/(\w+)\.py', README)) | set(
         re.findall(rf'`(\w+_(?:{kinds})|long_range)`', README)
     )
