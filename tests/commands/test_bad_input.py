@@ -369,9 +369,12 @@ def test_queries_that_are_none(fails, query):
     [
         (
             ['--query=1,4'],
-            '--query=1,4 is outside of the 4x4 grid of block00; the last is 3,3',
+            'the query 1,4 is outside of the 4x4 grid of block00; the last is 3,3',
         ),
-        (['--query=4,1', '--layers=block01'], '--query=4,1 is outside of the 4x4 grid'),
+        (
+            ['--query=4,1', '--layers=block01'],
+            'the query 4,1 is outside of the 4x4 grid',
+        ),
         (['--layers=block1'], "unknown layer 'block1'; did you mean 'block01'?"),
         (['--layers=block00,,'], "unknown layer ''; choose one of: block00, block01"),
     ],
