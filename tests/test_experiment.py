@@ -154,6 +154,15 @@ def test_published_values_have_a_status():
     ]
 
 
+def test_a_published_value_is_of_what_it_names():
+    expected = Expected(41.0, 'table 2', path=('test', 'bleu'))
+    line = {'cell': 'a', 'seed': 0, 'accuracy': 0.61, 'test': {'bleu': 40.7}}
+    (row,) = published_table([Cell('a', None, {}, 0, expected)], [line]).splitlines()[
+        2:
+    ]
+    assert row == '| a | 41 (table 2) | 40.7 (1 seed) | reproduced |'
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [

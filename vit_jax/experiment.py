@@ -19,7 +19,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vit_jax.config import load_config, override
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import UserError, reason, unknown
 
 if TYPE_CHECKING:  # `reproduce --list` is quick
     from matplotlib.figure import Figure
@@ -38,11 +38,14 @@ class Expected(NamedTuple):
         with 'value', or with 'accuracy' as a share.
       source: where it is told.
       tolerance: how far from it is still the same.
+      path: keys of a line, one in the other, to what is compared with it; none is the
+        accuracy, in per cent, see `values_of`.
     """
 
     value: float
     source: str
     tolerance: float = 0.5
+    path: tuple[str, ...] = ()
 
 
 class Cell(NamedTuple):
@@ -268,7 +271,7 @@ def load_experiment(folder: pathlib.Path) -> Experiment:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        told = ' '.join(f'{type(error).__name__}: {error}'.split())
+        told = f'{type(error).__name__}: {reason(error)}'
         raise UserError(f'{file} does not run: {told}') from error
     title = (module.__doc__ or '').strip().partition('\n')[0]
     return dataclasses.replace(experiment, name=folder.name, title=title)

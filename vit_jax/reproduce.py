@@ -43,12 +43,15 @@ def gather(
 
 
 def write_results(
-    experiment: Experiment, lines: Sequence[Line], folder: pathlib.Path
+    experiment: Experiment,
+    lines: Sequence[Line],
+    folder: pathlib.Path,
+    draw: bool = True,
 ) -> str:
     """Writes `results.jsonl`, `table.md` and the pictures; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / RESULTS, ''.join(json.dumps(line) + '\n' for line in lines))
-    return write_tables(experiment, lines, folder).table
+    return write_tables(experiment, lines, folder, draw).table
 
 
 class Tables(NamedTuple):
@@ -66,10 +69,14 @@ class Tables(NamedTuple):
 
 
 def write_tables(
-    experiment: Experiment, lines: Sequence[Line], folder: pathlib.Path
+    experiment: Experiment,
+    lines: Sequence[Line],
+    folder: pathlib.Path,
+    draw: bool = True,
 ) -> Tables:
-    """Writes `table.md` and the pictures."""
-    tables = Tables(lines, experiment.render(lines), experiment.draw(lines))
+    """Writes `table.md` and the pictures, which take seconds, where `draw`."""
+    pictures = experiment.draw(lines) if draw else {}
+    tables = Tables(lines, experiment.render(lines), pictures)
     _write(folder / 'table.md', tables.table)
     for name, figure in tables.pictures.items():
         figure.savefig(folder / name)
@@ -89,9 +96,13 @@ def _write(path: pathlib.Path, content: str) -> None:
 
 
 def update_results(
-    experiment: Experiment, results: pathlib.Path, workdir: pathlib.Path
+    experiment: Experiment,
+    results: pathlib.Path,
+    workdir: pathlib.Path,
+    draw: bool = True,
 ) -> str:
     """Gathers and writes; of several processes that do, the last one has all lines."""
     results.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(results / '.lock'):
-        return write_results(experiment, gather(experiment, results, workdir), results)
+        lines = gather(experiment, results, workdir)
+        return write_results(experiment, lines, results, draw)

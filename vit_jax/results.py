@@ -161,7 +161,7 @@ def published_table(cells: Iterable[Cell], lines: Sequence[Line]) -> str:
     rows = {}
     for cell in cells:
         if cell.expected:
-            values = values_of(lines, cell.name)
+            values = values_of(lines, cell.name, *cell.expected.path)
             published = f'{cell.expected.value:g} ({cell.expected.source})'
             rows[cell.name] = [
                 cell.name,

@@ -124,7 +124,7 @@ def _run(
             failures.append(error)
         if len(left) > 1 or not error:  # one error is told below
             print(told, file=sys.stderr)
-        update_results(experiment, results, workdir)
+        update_results(experiment, results, workdir, draw=False)
     print(update_results(experiment, results, workdir), end='')
     print(f'{results} holds results.jsonl and table.md', file=sys.stderr)
     if failures:
@@ -212,7 +212,7 @@ def _list_cells(cells: Sequence[Cell], lines: Sequence[Line]) -> str:
         published = f'{expected.value:g} ({expected.source})' if expected else ''
         state = f'{len(ran)} of {len(same)} seeds'
         if expected:
-            state += f', {status(values_of(lines, name), expected)}'
+            state += f', {status(values_of(lines, name, *expected.path), expected)}'
         rows.append([name, state, published])
     return table(['cell', 'have run', 'published'], rows)
 
