@@ -552,3 +552,17 @@ def test_whole_is_the_source_itself():
 def test_fractions_out_of_range(fraction):
     with pytest.raises(UserError, match=r'train_fraction must be in \(0, 1\]'):
         subsample(SOURCE, fraction, seed=0)
+
+
+@pytest.mark.slow
+def test_processes_that_prepare_the_digits_at_the_same_time(tmp_path):
+    code = (
+        'from vit_jax.data.datasets import load_dataset\n'
+        f'print(len(load_dataset("digits", {str(tmp_path)!r}).open("train")))'
+    )
+    command = [sys.executable, '-c', code]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert out == '1438\n', err

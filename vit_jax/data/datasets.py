@@ -254,9 +254,12 @@ def _prepare_digits(data_dir: str | None):
             with contextlib.redirect_stdout(sys.stderr):
                 builder.download_and_prepare()
         except OSError as error:
-            raise UserError(
-                f'cannot prepare digits in {builder.data_path}: {error}'
-            ) from error
+            # Another process may have been quicker.
+            builder = Digits(data_dir=data_dir, file_format='array_record')
+            if not builder.is_prepared():
+                raise UserError(
+                    f'cannot prepare digits in {builder.data_path}: {error}'
+                ) from error
     return builder
 
 
