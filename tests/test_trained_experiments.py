@@ -1,0 +1,81 @@
+"""What the experiments that train compute themselves."""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.experiment import build_cell, load_experiment
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
+
+
+def load(name):
+    return load_experiment(EXPERIMENTS / name)
+
+
+def test_parts_lie_apart_and_none_is_in_its_place():
+    data = importlib.import_module('experiments.parts.data')
+    assert len(data.WRONG) == 9  # derangements of four
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    order = data.WRONG[0]
+    canvas = data.arrange(image, order, row=3, col=5)
+    assert canvas.shape == (16, 16, 1)
+    for place, part in enumerate(order):
+        assert place != part
+        for y in range(4):
+            for x in range(4):
+                row = 3 + 6 * (place // 2) + y
+                there = canvas[row, 5 + 6 * (place % 2) + x]
+                assert there == image[4 * (part // 2) + y, 4 * (part % 2) + x]
+    assert np.count_nonzero(canvas) == 63
+
+
+def test_cells_are_shuffled_as_loops_do():
+    sweep = importlib.import_module('experiments.equivariance.sweep')
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 8, 8, 5))
+    order = rng.permutation(16)
+    found = np.asarray(sweep.shuffle_cells(x, order, 2))
+    for i, j in enumerate(order):
+        (row, col), (y, z) = divmod(i, 4), divmod(int(j), 4)
+        np.testing.assert_array_equal(
+            found[:, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2],
+            x[:, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2],
+        )
+    assert sweep.distance(x, x) == 0.0
+    assert (
+        sweep.reverse_sentence('none', 0) < 1e-5 < sweep.reverse_sentence('sincos1d', 0)
+    )
+
+
+@pytest.mark.parametrize(('row', 'frozen'), [('b', 12), ('f', None), ('a', 0)])
+def test_what_is_frozen_of_convit(row, frozen, tmp_path):
+    """Twelve gates, or every parameter of three GPSA layers; of the last layer none."""
+    (cell,) = (
+        c for c in load('convit_table3').cells(f'digits/{row}/10%') if c.seed == 0
+    )
+    run = build_cell(cell, data_dir=str(tmp_path))
+    state = run.init()
+    before = jax.tree.leaves_with_path(state.variables['params'])
+    batch = {
+        'image': np.full((64, 8, 8, 1), 100, np.uint8),
+        'label': np.arange(64, dtype=np.int32) % 10,
+        'weight': np.ones(64, np.float32),
+        'index': np.arange(64, dtype=np.int32),
+    }
+    for _ in range(2):  # the first has a learning rate of 0
+        state, _ = jax.jit(run.train_step)(state, batch)
+    still, moved = {}, {}
+    after = jax.tree.leaves(state.variables['params'])
+    for (path, x), y in zip(before, after, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        (still if np.array_equal(x, y) else moved)[name] = x
+    heads = tuple(f'block0{i}/attention/' for i in range(3))
+    gpsa = {name for name in {*still, *moved} if name.startswith(heads)}
+    if frozen is None:
+        assert gpsa <= set(still)
+    else:
+        assert sum(x.size for name, x in still.items() if 'gating' in name) == frozen
