@@ -11,6 +11,7 @@ from vit_jax.data.long_range import (
     VALUES,
     make_copies,
     make_recalls,
+    pair_of,
 )
 from vit_jax.data.text import load_text
 from vit_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -18,13 +19,10 @@ from vit_jax.errors import UserError
 
 
 def find_pairs(source):
-    """Key -> (value, symbols from there to the question)."""
-    question = source.index('?')
-    assert question == len(source) - 2
+    """Key -> (value, place)."""
+    found = [(place, *divmod(ord(c) - 0x2801, 10)) for place, c in enumerate(source)]
     return {
-        key: (source[place + 1], question - place)
-        for place, key in enumerate(source[:question])
-        if key in KEYS
+        KEYS[key]: (VALUES[value], place) for place, key, value in found if key >= 0
     }
 
 
@@ -38,41 +36,35 @@ def test_copies_are_of_all_symbols_at_all_places():
         assert 130 < min(counts.values()) <= max(counts.values()) < 270  # of 200
 
 
-@pytest.mark.parametrize(('length', 'pairs'), [(16, 4), (64, 3), (4, 1), (54, 26)])
-def test_recall_asks_for_the_value_of_one_of_its_pairs(length, pairs):
+@pytest.mark.parametrize(('length', 'pairs'), [(16, 4), (61, 3), (1, 1), (11, 8)])
+def test_recall_asks_for_the_values_of_its_pairs(length, pairs):
     sources, targets = make_recalls('train', 200, length=length, pairs=pairs)
     for source, target in zip(sources, targets):
         assert len(source) == length
         found = find_pairs(source)
-        assert len(found) == pairs == sum(source.count(key) for key in KEYS) - 1
-        assert found[source[-1]][0] == target
-        assert target in VALUES
-        assert sum(source.count(symbol) for symbol in SYMBOLS) == length - 2 * pairs - 2
+        assert len(found) == pairs
+        assert {key: value for key, (value, _) in found.items()} == dict(
+            zip(target[::2], target[1::2], strict=True)
+        )
+        assert sum(source.count(symbol) for symbol in SYMBOLS) == length - pairs
+        for key, (value, place) in found.items():
+            assert pair_of(key, value) == source[place]
 
 
-def test_every_distance_key_and_value_is_asked_for_equally_often():
-    sources, _ = make_recalls('train', 7000, length=16)
-    asked = [(source[-1], *find_pairs(source)[source[-1]]) for source in sources]
-    keys, values, distances = (collections.Counter(column) for column in zip(*asked))
-    assert set(distances) == {2, 4, 6, 8, 10, 12, 14}
+def test_every_place_key_and_value_is_asked_for_first_equally_often():
+    sources, targets = make_recalls('train', 7000, length=13)
+    asked = [
+        (target[0], *find_pairs(source)[target[0]])
+        for source, target in zip(sources, targets)
+    ]
+    keys, values, places = (collections.Counter(column) for column in zip(*asked))
+    assert set(places) == set(range(13))
     assert set(keys) == set(KEYS)
     assert set(values) == set(VALUES)
-    for counts in (keys, values, distances):
+    for counts in (keys, values, places):
         mean = 7000 / len(counts)
         bound = 4 * mean**0.5
         assert all(abs(count - mean) < bound for count in counts.values())
-
-
-@pytest.mark.parametrize('distance', [2, 8, 14])
-def test_a_distance_moves_the_pair_that_is_asked_for(distance):
-    sources, targets = make_recalls('test', 300, length=16, distance=distance)
-    others = set()
-    for source, target in zip(sources, targets):
-        found = find_pairs(source)
-        assert len(found) == 4
-        assert found.pop(source[-1]) == (target, distance)
-        others |= {place for _, place in found.values()}
-    assert others == {2, 4, 6, 8, 10, 12, 14} - {distance}
 
 
 @pytest.mark.parametrize('make', [make_copies, make_recalls])
@@ -94,11 +86,9 @@ def test_splits_have_no_source_in_common(make):
         ('copy:length=x', "'copy:length=x': length needs a whole number above 0"),
         ('copy:lenght=8', "option of copy 'lenght'; did you mean 'length'"),
         ('copy:pairs=3', "option of copy 'pairs'"),
-        ('recall:length=15', 'length 15 with 4 pairs: length must be even'),
-        ('recall:length=16,pairs=8', 'length 16 with 8 pairs: .* room for the pairs'),
-        ('recall:length=64,pairs=27', 'at most 26'),
-        ('recall:length=16,distance=3', 'at distance 3: distance must be even'),
-        ('recall:length=16,distance=16', 'from 2 to 14'),
+        ('recall:length=3', 'length 3 with 4 pairs: .* room for them'),
+        ('recall:length=64,pairs=9', 'with 9 pairs: there can be at most 8'),
+        ('recall:distance=3', "option of recall 'distance'"),
     ],
 )
 def test_names_that_do_not_fit(name, message):
@@ -118,7 +108,7 @@ def test_a_symbol_is_a_token(name):
     assert dataset.splits == {'train': 300, 'validation': 1000, 'test': 1000}
     assert dataset.longest == 16
     pairs = dataset.open('train')
-    tokenizer = Tokenizer(train_tokenizer(pairs.source, vocab_size=80, kind='char'))
+    tokenizer = Tokenizer(train_tokenizer(pairs.source, vocab_size=128, kind='char'))
     encoded = encode_pairs(dataset.open('test'), tokenizer)
     # SentencePiece begins a line with a token of its own.
     np.testing.assert_array_equal(np.diff(encoded.source_offsets), np.full(1000, 17))

@@ -1,14 +1,18 @@
 """Pairs whose target depends on symbols far away: copying, and associative recall.
 
 Copying, as in "Neural Turing Machines", arXiv 1410.5401, section 4.1: the target is the
-source. Recall, as in "Using Fast Weights to Attend to the Recent Past", arXiv
-1610.06258, section 4.1: the source holds pairs of a key and a value, and asks for one.
+source. Recall of several pairs, as in "Zoology: Measuring and Improving Recall in
+Efficient Language Models", arXiv 2312.04927, section 3: the source holds pairs of a key
+and a value, and what is asked is the value of each key that is given. Here the keys are
+given by the target itself, before their values, which suits an encoder and a decoder;
+and a pair is one symbol, so that what counts is how far it is, not how two symbols are
+put together.
 
 A symbol is a character; a source has exactly `length` of them. Example i of a split is
 a function of (split, i). The splits are drawn from the same distribution with other
 random words: that a source of one is in another is not ruled out, only as likely as for
 two independent draws. Of copies of length 16, the shortest that is measured, there are
-10**16; of the questions of recall of length 16, 5 x 10**17.
+10**16; of the sources of recall of length 16, 3 x 10**22.
 """
 
 import numpy as np
@@ -19,9 +23,10 @@ SPLITS = ('train', 'validation', 'test')
 EVAL_EXAMPLES = 1_000
 
 SYMBOLS = 'abcdefghij'  # that are copied, or lie between pairs
-KEYS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+KEYS = 'ABCDEFGH'
 VALUES = '0123456789'
-QUESTION = '?'
+# A pair, at 10 * key + value: 80 characters without a meaning, of the Braille block.
+PAIRS = ''.join(map(chr, range(0x2801, 0x2801 + len(KEYS) * len(VALUES))))
 
 _COPY, _RECALL = range(2)  # streams of random words
 
@@ -51,67 +56,53 @@ def make_copies(
 
 
 def make_recalls(
-    split: str,
-    num_examples: int,
-    *,
-    length: int,
-    pairs: int = 4,
-    distance: int | None = None,
+    split: str, num_examples: int, *, length: int, pairs: int = 4
 ) -> tuple[list[str], list[str]]:
-    """The first examples of a split: pairs among other symbols, then a question.
+    """The first examples of a split: pairs among other symbols; keys and their values.
 
-    The keys of a source differ. Pairs begin at even places, each set of places being
-    equally likely, and each pair is asked for equally often.
+    The keys of a source differ. Each set of places of the pairs is equally likely, and
+    each order in which they are asked for.
 
     Args:
       split: 'train', 'validation' or 'test'.
       num_examples: how many.
-      length: symbols of each source, even; the last two are the question.
-      pairs: of a key and a value.
-      distance: symbols from the pair that is asked for to the question, even, from 2 to
-        `length - 2`; None: uniform.
+      length: symbols of each source.
+      pairs: of a key and a value, a symbol of `PAIRS` each.
 
     Returns:
-      Sources, and the values that they ask for, a symbol each.
+      Sources, and targets of 2 * pairs symbols: a key, its value, the next key.
 
     Raises:
       UserError: for another split, and numbers that do not fit each other.
 
-    >>> make_recalls('train', 2, length=16)
-    (['D3W7G5X0bjdfde?D', 'G9S1ieD6ahceJ2?S'], ['3', '1'])
-    >>> make_recalls('train', 1, length=16, distance=2)
-    (['hfW7G5X0bjdfD3?D'], ['3'])
+    >>> make_recalls('train', 2, length=8, pairs=2)
+    (['h⡇⡀gedif', 'cc⠖edhd⠋'], ['H0G3', 'B0C1'])
     """
-    slots = length // 2 - 1
-    if length % 2 or not 1 <= pairs <= min(slots, len(KEYS)):
+    if not 1 <= pairs <= min(length, len(KEYS)):
         raise UserError(
-            f'recall of length {length} with {pairs} pairs: length must be even, and '
-            f'have room for the pairs, at most {len(KEYS)}, and the question'
+            f'recall of length {length} with {pairs} pairs: there can be at most '
+            f'{len(KEYS)}, and the length must have room for them'
         )
-    if distance is not None and (distance % 2 or not 2 <= distance <= length - 2):
-        raise UserError(
-            f'recall of length {length} at distance {distance}: distance must be even, '
-            f'from 2 to {length - 2}'
-        )
-    sizes = 2 * slots, slots, len(KEYS), pairs
+    sizes = length, length, len(KEYS), pairs
     words = _random_words(_RECALL, split, num_examples, sum(sizes))
-    between, order, keys, values = np.split(words, np.cumsum(sizes)[:-1], axis=1)
-    # The pair in the first of the slots in random order is the one that is asked for.
-    order = np.argsort(order, axis=1, kind='stable')
-    if distance is not None:
-        asked = slots - distance // 2
-        swapped = np.nonzero(order == asked)
-        order[swapped] = order[:, 0]
-        order[:, 0] = asked
-    places = 2 * order[:, :pairs]
-    keys = np.array(list(KEYS))[np.argsort(keys, axis=1, kind='stable')[:, :pairs]]
-    values = _pick(VALUES, values)
+    between, places, keys, values = np.split(words, np.cumsum(sizes)[:-1], axis=1)
+    places, keys = (_order(part)[:, :pairs] for part in (places, keys))
+    values %= len(VALUES)
     source = _pick(SYMBOLS, between)
-    np.put_along_axis(source, places, keys, axis=1)
-    np.put_along_axis(source, places + 1, values, axis=1)
-    question = np.full((num_examples, 1), QUESTION)
-    source = np.concatenate([source, question, keys[:, :1]], axis=1)
-    return _join(source), _join(values[:, :1])
+    which = len(VALUES) * keys + values.astype(keys.dtype)
+    np.put_along_axis(source, places, np.array(list(PAIRS))[which], axis=1)
+    # The places are in random order, and so are the keys by place.
+    target = np.stack([np.array(list(KEYS))[keys], _pick(VALUES, values)], axis=2)
+    return _join(source), _join(target.reshape(num_examples, 2 * pairs))
+
+
+def pair_of(key: str, value: str) -> str:
+    """The symbol of a pair.
+
+    >>> pair_of('C', '1')
+    '⠖'
+    """
+    return PAIRS[len(VALUES) * KEYS.index(key) + VALUES.index(value)]
 
 
 def _random_words(task: int, split: str, rows: int, columns: int) -> np.ndarray:
@@ -126,6 +117,11 @@ def _random_words(task: int, split: str, rows: int, columns: int) -> np.ndarray:
 def _pick(symbols: str, words: np.ndarray) -> np.ndarray:
     """A symbol for each word, equally often up to 1 in 2**60."""
     return np.array(list(symbols))[words % np.uint64(len(symbols))]
+
+
+def _order(words: np.ndarray) -> np.ndarray:
+    """A permutation of the columns for each row."""
+    return np.argsort(words, axis=1, kind='stable')
 
 
 def _join(rows: np.ndarray) -> list[str]:

@@ -68,7 +68,7 @@ def load_text(name: str, data_dir: str | None = None) -> TextDataset:
         'text:multi30k?src=en&tgt=de', a folder with `train.en` and `train.de`, or
         `train.en.gz`, and so on for other splits, in UTF-8, a sentence a line;
         'dates' or 'dates:num_examples=20000', see `vit_jax.data.dates`;
-        'copy:length=64' or 'recall:length=64,pairs=4', with 'distance=32' too, see
+        'copy:length=64' or 'recall:length=64,pairs=4', see
         `vit_jax.data.long_range`; both have num_examples;
         a TFDS dataset of translations that is prepared, 'wmt14_translate/de-en',
         optionally with the direction, 'wmt14_translate/de-en?src=en&tgt=de';
@@ -259,7 +259,7 @@ class Generator(NamedTuple):
     languages: tuple[str, str]
     splits: tuple[str, ...]
     eval_examples: int
-    options: dict[str, int | None]
+    options: dict[str, int]
 
 
 _SEQUENCES = (
@@ -273,9 +273,7 @@ GENERATED = {
     ),
     'copy': Generator(long_range.make_copies, *_SEQUENCES, {'length': 64}),
     'recall': Generator(
-        long_range.make_recalls,
-        *_SEQUENCES,
-        {'length': 64, 'pairs': 4, 'distance': None},
+        long_range.make_recalls, *_SEQUENCES, {'length': 64, 'pairs': 4}
     ),
 }
 
