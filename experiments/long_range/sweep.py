@@ -31,7 +31,7 @@ LENGTHS = (16, 64, 256, 512)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 STEPS = 1500
 TOKENS = 2056  # of each side of a batch of copies: 4 of length 512, 114 of length 16
-ROWS = 16  # questions in a batch, of any length
+ROWS = 8  # questions in a batch, of any length
 SEED = 0
 
 
