@@ -44,9 +44,10 @@ def test_a_cell_is_trained_as_it_says(tmp_path):
 
     def measure(run, variables):
         seen.append((run.metadata['eval_split'], set(variables)))
-        return {'more': 3}
+        return {'seen': len(seen)}
 
-    line = train_cell(cell, tmp_path, None, FinalTest(measure, 'train'))
+    tests = {'more': FinalTest(measure), 'most': FinalTest(measure, 'train')}
+    line = train_cell(cell, tmp_path, None, tests)
     assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 7
     assert line['steps'] == 2
     assert line['examples'] == 359
@@ -54,8 +55,8 @@ def test_a_cell_is_trained_as_it_says(tmp_path):
     assert list(line['accuracies']) == ['1', '2']
     assert line['accuracies']['2'] == line['accuracy']
     assert line['params'] > 100_000
-    assert line['test'] == {'more': 3}
-    assert seen == [('train', {'params'})]
+    assert (line['more'], line['most']) == ({'seen': 1}, {'seen': 2})
+    assert seen == [('test', {'params'}), ('train', {'params'})]
 
 
 def test_a_cell_that_has_run_does_not_run_again(tmp_path):

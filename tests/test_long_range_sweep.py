@@ -112,7 +112,7 @@ def test_a_trained_model_is_measured_on_the_split_that_is_asked_for(
 
     overrides = {'text.score': 'none', 'log.every_steps': 2}
     cell = Cell('smoke', f'{CONFIG}:smoke', overrides)
-    train = partial(train_cell, test=FinalTest(measure))
+    train = partial(train_cell, tests={'test': FinalTest(measure)})
     experiment = Experiment(lambda: [cell], sweep.render, sweep.draw, train)
     line = run_cell(experiment, cell, tmp_path, None)
     update_results(experiment, tmp_path, tmp_path)
@@ -124,11 +124,12 @@ def test_a_trained_model_is_measured_on_the_split_that_is_asked_for(
     assert 'not run' in (tmp_path / 'table.md').read_text()
 
 
-def make_line(sweep, model, learning_rate, accuracy, answers):
+def make_line(sweep, model, learning_rate, validation, answers):
     cell = sweep.make_cell('recall', 512, model, learning_rate)
     return {
         **cell.key,
-        'accuracy': accuracy,
+        'accuracy': 0.5,
+        'validation': {'answers': validation},
         'params': 94_720,
         'test': {'answers': answers, 'by_distance': {'4': 0.5, '512': 0.25}},
         'rates': {'tokens_per_second': 12345.6},
@@ -137,11 +138,11 @@ def make_line(sweep, model, learning_rate, accuracy, answers):
 
 def test_the_learning_rate_is_chosen_by_validation_and_told_by_test(sweep):
     lines = [
-        make_line(sweep, 'lstm', 1e-3, accuracy=0.7, answers=0.9),
-        make_line(sweep, 'lstm', 3e-3, accuracy=0.8, answers=0.6),
+        make_line(sweep, 'lstm', 1e-3, validation=0.7, answers=0.9),
+        make_line(sweep, 'lstm', 3e-3, validation=0.8, answers=0.6),
     ]
     assert sweep.choose(lines, 'recall', 512, 'lstm') is None  # one has not run
-    lines.append(make_line(sweep, 'lstm', 1e-2, accuracy=0.75, answers=0.7))
+    lines.append(make_line(sweep, 'lstm', 1e-2, validation=0.75, answers=0.7))
     table = sweep.render(lines)
     assert '| recall | LSTM with attention | 94,720 |' in table
     assert '| 60.0 (0.003) |' in table

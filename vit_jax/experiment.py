@@ -86,7 +86,7 @@ class FinalTest(NamedTuple):
     """What is measured of a trained model, beside the evaluations of its training.
 
     Attributes:
-      measure: (run, variables) -> what `test` of a line holds, JSON.
+      measure: (run, variables) -> what a line holds of it, JSON.
       split: overrides `dataset.eval_split`.
     """
 
@@ -98,7 +98,7 @@ def train_cell(
     cell: Cell,
     workdir: pathlib.Path,
     data_dir: str | None,
-    test: FinalTest | None = None,
+    tests: Mapping[str, FinalTest] | None = None,
 ) -> Line:
     """Trains a cell, or goes on with its training.
 
@@ -106,7 +106,7 @@ def train_cell(
       cell: with a config.
       workdir: of its run.
       data_dir: overrides `dataset.data_dir`; where the data lies is no part of a cell.
-      test: what is measured afterwards, or None.
+      tests: name in the line -> what is measured afterwards.
 
     Raises:
       UserError: as `build` and `train` do.
@@ -124,8 +124,8 @@ def train_cell(
             str(step): {name: evaluation[name] for name in run.score.names}
             for step, evaluation in evaluations.items()
         }
-    if test:
-        more['test'] = _measure(cell, workdir, data_dir, test)
+    for name, test in (tests or {}).items():
+        more[name] = _measure(cell, workdir, data_dir, test)
     return {
         'accuracy': result['accuracy'],
         'accuracies': {  # of every evaluation

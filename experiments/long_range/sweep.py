@@ -119,7 +119,7 @@ def choose(lines: Sequence[Line], task: str, length: int, model: str) -> Line | 
     found = [line for cell in cells if (line := find_line(cell, lines))]
     if len(found) < len(cells):
         return None
-    return max(found, key=lambda line: line['accuracy'])
+    return max(found, key=lambda line: line['validation']['answers'])
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -218,5 +218,6 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
     return {'picture.png': figure}
 
 
-TEST = FinalTest(measure)
-EXPERIMENT = Experiment(sweep, render, draw, partial(train_cell, test=TEST))
+# Chosen by one, told by the other.
+TESTS = {split: FinalTest(measure, split) for split in ('validation', 'test')}
+EXPERIMENT = Experiment(sweep, render, draw, partial(train_cell, tests=TESTS))

@@ -123,5 +123,5 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
     return {'picture.png': figure}
 
 
-TEST = FinalTest(measure, SPLIT)
-EXPERIMENT = Experiment(sweep, render, draw, partial(train_cell, test=TEST))
+TESTS = {'test': FinalTest(measure, SPLIT)}
+EXPERIMENT = Experiment(sweep, render, draw, partial(train_cell, tests=TESTS))
