@@ -1,12 +1,12 @@
 """Transformer and LSTM on symbols far apart: copying, and associative recall.
 
-data      generated: `copy:length=64`, ten symbols to be written again, or
-          `recall:length=64`, four pairs of a key and a value among other symbols, whose
-          keys are given and values to be written; a character is a token
+data      generated: `copy:length=64`, ten symbols among blanks, to be written again, or
+          `recall:length=64`, four pairs of a key and a value among blanks, whose keys
+          are given and values to be written; a character is a token
 model     `:transformer` of width 64, 1 + 1 layers, norms first, sines as positions;
           `:lstm` of 1 + 1 layers, the encoder both ways, with attention and input
           feeding; `:lstm_plain`, the same without attention; 0.09M parameters each
-recipe    AdamW, 1,500 steps of up to 2,056 tokens a side, cosine, one shape of batches
+recipe    AdamW, 1,500 steps of up to 528 tokens a side, cosine, one shape of batches
 expected  see experiments/long_range
 
   vit_jax train --config=configs/long_range.py:lstm --workdir=/tmp/copy \\
@@ -36,7 +36,7 @@ def get_config(variant=None):
     config.text.tokenizer = 'char'
     config.text.vocab_size = 128
     config.text.buckets = ()
-    config.text.tokens_per_batch = 2056
+    config.text.tokens_per_batch = 528  # 8 rows of length 64
     config.text.extra_length = 0
     config.text.score = 'exact_match'
     config.num_steps = 1500
@@ -49,7 +49,7 @@ def get_config(variant=None):
     if variant == 'smoke':
         config.num_steps = 3
         config.optim.warmup_steps = 1
-        config.text.tokens_per_batch = 640
-        config.dataset.name = 'copy:length=8,num_examples=64'
+        config.text.tokens_per_batch = 144
+        config.dataset.name = 'copy:length=16,num_examples=64'
         config.dataset.eval_split = 'train'
     return config

@@ -69,7 +69,9 @@ def test_cells_differ_and_see_no_example_twice(sweep):
         assert seen == dataset.splits['train']
 
 
-@pytest.mark.parametrize('name', ['copy:length=5', 'recall:length=13,pairs=3'])
+@pytest.mark.parametrize(
+    'name', ['copy:length=11,symbols=5', 'recall:length=13,pairs=3']
+)
 def test_answers_alone_are_counted(sweep, name):
     """A random model, against its logits of single examples."""
     options = ['dataset.eval_split=validation', 'text.score=none']

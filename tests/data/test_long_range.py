@@ -26,14 +26,19 @@ def find_pairs(source):
     }
 
 
-def test_copies_are_of_all_symbols_at_all_places():
-    sources, targets = make_copies('train', 2000, length=7)
-    assert sources == targets
-    assert {len(source) for source in sources} == {7}
-    for column in zip(*sources):
+def test_copies_are_of_all_symbols_at_equal_distances():
+    sources, targets = make_copies('train', 2000, length=17, symbols=5)
+    for source, target in zip(sources, targets):
+        assert source.replace('.', '') == target
+        places = [place for place, symbol in enumerate(source) if symbol != '.']
+        assert places == [0, 3, 6, 10, 13]
+        assert len(source) == 17
+    for column in zip(*targets):
         counts = collections.Counter(column)
         assert set(counts) == set(SYMBOLS)
         assert 130 < min(counts.values()) <= max(counts.values()) < 270  # of 200
+    (source,), (target,) = make_copies('test', 1, length=7, symbols=7)
+    assert source == target
 
 
 @pytest.mark.parametrize(('length', 'pairs'), [(16, 4), (61, 3), (1, 1), (11, 8)])
@@ -46,7 +51,7 @@ def test_recall_asks_for_the_values_of_its_pairs(length, pairs):
         assert {key: value for key, (value, _) in found.items()} == dict(
             zip(target[::2], target[1::2], strict=True)
         )
-        assert sum(source.count(symbol) for symbol in SYMBOLS) == length - pairs
+        assert source.count('.') == length - pairs
         for key, (value, place) in found.items():
             assert pair_of(key, value) == source[place]
 
@@ -86,6 +91,7 @@ def test_splits_have_no_source_in_common(make):
         ('copy:length=x', "'copy:length=x': length needs a whole number above 0"),
         ('copy:lenght=8', "option of copy 'lenght'; did you mean 'length'"),
         ('copy:pairs=3', "option of copy 'pairs'"),
+        ('copy:length=9', 'length 9 with 10 symbols: there is no room for them'),
         ('recall:length=3', 'length 3 with 4 pairs: .* room for them'),
         ('recall:length=64,pairs=9', 'with 9 pairs: there can be at most 8'),
         ('recall:distance=3', "option of recall 'distance'"),
@@ -99,14 +105,14 @@ def test_names_that_do_not_fit(name, message):
 
 def test_splits_that_there_are_not():
     with pytest.raises(UserError, match=r"'tset'; did you mean 'test'"):
-        load_text('copy:length=8').open('tset')
+        load_text('copy:length=16').open('tset')
 
 
 @pytest.mark.parametrize('name', ['copy:length=16', 'recall:length=16'])
 def test_a_symbol_is_a_token(name):
     dataset = load_text(f'{name},num_examples=300')
     assert dataset.splits == {'train': 300, 'validation': 1000, 'test': 1000}
-    assert dataset.longest == 16
+    assert dataset.longest == 16 == load_text('recall:length=9,pairs=8').longest
     pairs = dataset.open('train')
     tokenizer = Tokenizer(train_tokenizer(pairs.source, vocab_size=128, kind='char'))
     encoded = encode_pairs(dataset.open('test'), tokenizer)

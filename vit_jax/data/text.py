@@ -271,7 +271,9 @@ GENERATED = {
     'dates': Generator(
         dates.make_dates, ('en', 'iso'), dates.SPLITS, dates.EVAL_EXAMPLES, {}
     ),
-    'copy': Generator(long_range.make_copies, *_SEQUENCES, {'length': 64}),
+    'copy': Generator(
+        long_range.make_copies, *_SEQUENCES, {'length': 64, 'symbols': 10}
+    ),
     'recall': Generator(
         long_range.make_recalls, *_SEQUENCES, {'length': 64, 'pairs': 4}
     ),
@@ -290,12 +292,14 @@ def _generate(name: str, generator: Generator, text: str) -> TextDataset:
     train, *others = generator.splits
     splits = dict.fromkeys(others, generator.eval_examples)
     splits = {train: options.pop('num_examples'), **splits}
-    generator.make(train, 0, **options)  # raises where options do not fit each other
+    # Raises where options do not fit each other.
+    example = generator.make(train, 1, **options)
 
     def open_split(split: str) -> Pairs:
         return Pairs(*generator.make(split, splits.get(split, 0), **options))
 
-    longest = options.get('length')
+    # Of a length that is given all lines are as long.
+    longest = max(len(line) for (line,) in example) if 'length' in options else None
     return TextDataset(
         name, 'generated', generator.languages, splits, open_split, longest
     )
