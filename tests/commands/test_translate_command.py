@@ -1,7 +1,10 @@
 """`vit_jax translate`, and what the other commands do with a model of sentences."""
 
+import concurrent.futures
+import gzip
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -72,11 +75,38 @@ def test_a_long_line_is_cut_and_told(run, dates, stdin, monkeypatch, caplog):
     assert message.startswith('line 3 has 5001 tokens; what follows the first 39 is')
 
 
+def test_what_is_no_regular_file_is_read_too(run, dates, tmp_path):
+    """As `vit_jax translate <(zcat FILE)` has it."""
+    os.mkfifo(tmp_path / 'fifo')
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        writing = pool.submit((tmp_path / 'fifo').write_text, '\n\n')
+        code, out, _ = run('translate', f'--weights={dates}', tmp_path / 'fifo')
+        writing.result(timeout=10)
+    assert (code, out) == (0, '\n\n')
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('no', 'no such file: {}'),
+        ('folder', '{} is a folder; name a file'),
+        ('text.gz', '{0} is compressed; `zcat {0} | vit_jax translate ...`'),
+    ],
+)
+def test_files_that_are_no_lines(fails, tmp_path, name, message):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'text.gz').write_bytes(gzip.compress(b'a\n'))
+    path = tmp_path / name
+    assert fails('translate', '--weights=/none', path) == message.format(path)
+
+
+def test_a_closed_stdin_is_told(fails, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', None)
+    assert fails('translate', '--weights=/none') == 'stdin is closed; name a FILE'
+
+
 def test_mistakes(fails, dates, digits, tmp_path, stdin):
     weights = f'--weights={dates}'
-    assert (
-        fails('translate', weights, tmp_path / 'no') == f'no such file: {tmp_path}/no'
-    )
     stdin('gut\ngrün\n'.encode('latin-1'))
     assert fails('translate', weights).startswith('stdin:2 is not UTF-8')
     (tmp_path / 'text').write_text('a\n')
@@ -85,6 +115,8 @@ def test_mistakes(fails, dates, digits, tmp_path, stdin):
     line = fails('translate', f'--weights={tmp_path / "none"}', tmp_path / 'text')
     assert 'none' in line
     assert fails('translate', weights, '--bean=3').endswith('did you mean --beam?')
+    line = fails('translate', weights, '--length_penalty=1')
+    assert line == '--length_penalty is of beam search; give --beam too'
 
 
 def test_weights_without_their_tokenizer(fails, dates, tmp_path):

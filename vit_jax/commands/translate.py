@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import itertools
-import pathlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +42,7 @@ def main(argv: Sequence[str]) -> None:
         help="of beam search; the larger, the longer (the run's)",
     )
     args = options.parse_strict(parser, argv)
-    if args.file != '-' and not pathlib.Path(args.file).is_file():
-        raise UserError(f'no such file: {args.file}')
+    _check_file(args.file)
     options.quiet()
     sys.stdout.reconfigure(encoding='utf-8')  # type: ignore[union-attr]
     translate = _load(args)
@@ -62,15 +61,29 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
+def _check_file(path: str) -> None:
+    """Raises UserError, before anything is loaded, for what cannot be read as lines."""
+    if path == '-':
+        if sys.stdin is None:
+            raise UserError('stdin is closed; name a FILE')
+    elif os.path.isdir(path):
+        raise UserError(f'{path} is a folder; name a file')
+    elif not os.path.exists(path):
+        raise UserError(f'no such file: {path}')
+    elif path.endswith('.gz'):
+        raise UserError(f'{path} is compressed; `zcat {path} | vit_jax translate ...`')
+
+
 def _load(args: argparse.Namespace) -> Callable[[list[str], int], list[str]]:
     """(lines, number of the first) -> their translations."""
     found = trained_text.load(args.weights)
     buckets = found.buckets
-    penalty = args.length_penalty
-    translator = found.make_translator(
-        args.beam or found.settings.get('beam', 1),
-        found.settings.get('length_penalty', 0.6) if penalty is None else penalty,
-    )
+    beam, penalty = args.beam or found.settings.get('beam', 1), args.length_penalty
+    if penalty is None:
+        penalty = found.settings.get('length_penalty', 0.6)
+    elif beam == 1:
+        raise UserError('--length_penalty is of beam search; give --beam too')
+    translator = found.make_translator(beam, penalty)
     return lambda lines, first: translator.translate(
         found.variables, lines, found.tokenizer, buckets, first
     )
