@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_jax import cluster
-from vit_jax.errors import Stopped, UserError, unknown
+from vit_jax.errors import Stopped, UserError, reason, unknown
 
 COMMANDS = {
     'train': 'train a config in a workdir, or go on where it stopped',
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise unknown('command', argv[0], COMMANDS)
+        if sys.stdout is None:  # what would be printed is not lost without a word
+            raise UserError('stdout is closed; send it to a file, or to /dev/null')
         command = importlib.import_module(f'vit_jax.commands.{argv[0]}')
         code = command.main(argv[1:]) or 0
         sys.stdout.flush()
@@ -61,6 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # a full disk, a file that may not be read
         print(f'vit_jax: error: {error}', file=sys.stderr)
+        cluster.leave(1)
+        return 1
+    except RuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        # JAX's error for a device that has no room left.
+        print(
+            f'vit_jax: error: out of memory: {reason(error)}; a smaller batch, or a '
+            'narrower beam, needs less',
+            file=sys.stderr,
+        )
         cluster.leave(1)
         return 1
     except KeyboardInterrupt:

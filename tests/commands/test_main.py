@@ -5,10 +5,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from vit_jax.commands import options
-from vit_jax.main import COMMANDS
+from vit_jax.main import COMMANDS, main
 
 pytest_plugins = ['command_fixtures']
 
@@ -156,6 +157,26 @@ def test_errors_that_are_not_the_users_keep_their_traceback(run, monkeypatch):
     monkeypatch.setattr(train, 'main', fail)
     with pytest.raises(RuntimeError, match='a fault of ours'):
         run('train')
+
+
+def test_a_device_without_room_is_one_line(fails, monkeypatch):
+    def fail(argv):
+        jax.jit(jax.numpy.zeros, static_argnums=0)((2**50,)).block_until_ready()
+
+    train = importlib.import_module('vit_jax.commands.train')
+    monkeypatch.setattr(train, 'main', fail)
+    line = fails('train')
+    assert line.startswith('out of memory: RESOURCE_EXHAUSTED: ')
+    assert line.endswith('; a smaller batch, or a narrower beam, needs less')
+
+
+def test_a_closed_stdout_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdout', None)
+    assert main(['summarize', '--model=CNN', '--image_size=8']) == 1
+    monkeypatch.undo()
+    assert capsys.readouterr().err == (
+        'vit_jax: error: stdout is closed; send it to a file, or to /dev/null\n'
+    )
 
 
 def test_a_forks_modules_are_found_where_the_user_is(run, tmp_path, monkeypatch):
