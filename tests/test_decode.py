@@ -333,8 +333,10 @@ def test_rows_on_a_mesh_give_what_one_device_gives(search):
     [
         ({'beam': 0}, 'beam must be above 0, not 0'),
         ({'max_length': 0}, 'max_length must be above 0, not 0'),
-        ({'length_penalty': -0.5}, 'length_penalty must be 0 or more, not -0.5'),
-        ({'length_penalty': math.nan}, 'length_penalty must be 0 or more, not nan'),
+        ({'length_penalty': -0.5}, 'length_penalty must be from 0 to 10, not -0.5'),
+        ({'length_penalty': math.nan}, 'length_penalty must be from 0 to 10, not nan'),
+        ({'length_penalty': 1e308}, 'length_penalty must be from 0 to 10, not 1e+308'),
+        ({'beam': 2**29}, 'too many candidates, 5 each; it can be at most 429496729'),
         ({'eos': 5}, 'token 5 is outside the vocabulary of 5'),
         ({'pad': -1}, 'token -1 is outside the vocabulary of 5'),
         ({'forbidden': (7,)}, 'token 7 is outside the vocabulary of 5'),

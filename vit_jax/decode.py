@@ -32,6 +32,8 @@ from vit_jax.typing import Array
 
 Step = Callable[[Array, Any], tuple[Array, Any]]
 
+_MAX_CANDIDATES = 2**31 - 1  # which `top_k` counts in int32
+
 
 def greedy(
     logits: Array,
@@ -152,13 +154,19 @@ def beam_search(
       those of full length without EOS.
 
     Raises:
-      UserError: for a negative `length_penalty` (its scores would have no such bound),
-        sizes below 1, ids outside the vocabulary, and an `eos` that may not be chosen.
+      UserError: for a `length_penalty` below 0 (its scores would have no such bound)
+        or above 10 (they would all be 0), sizes below 1 or beyond what can be sorted,
+        ids outside the vocabulary, and an `eos` that may not be chosen.
     """
     _check_sizes(beam=beam, max_length=max_length)
-    if not length_penalty >= 0.0:
-        raise UserError(f'length_penalty must be 0 or more, not {length_penalty}')
+    if not 0.0 <= length_penalty <= 10.0:
+        raise UserError(f'length_penalty must be from 0 to 10, not {length_penalty}')
     batch, vocabulary = logits.shape
+    if beam * vocabulary > _MAX_CANDIDATES:
+        raise UserError(
+            f'a beam of {beam} has too many candidates, {vocabulary} each; it can be '
+            f'at most {_MAX_CANDIDATES // vocabulary}'
+        )
     lengths = np.arange(1, max_length + 1)
     penalties = jnp.asarray(((5 + lengths) / 6) ** length_penalty, jnp.float32)
     extend = partial(
