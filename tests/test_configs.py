@@ -6,6 +6,8 @@ import re
 import chex
 import jax
 import pytest
+import tensorflow_datasets as tfds
+import tensorflow_datasets.translate
 
 from vit_jax.build import build
 from vit_jax.config import flatten, load_config
@@ -125,3 +127,49 @@ def test_the_learning_rate_of_a_paper_ends_on_its_floor(name):
     warmup_steps = PAPERS[name]['optim.warmup_steps']
     rates = [run.schedule(step) for step in (0, warmup_steps, run.num_steps)]
     assert [float(rate) for rate in rates] == pytest.approx([0, peak, 1e-5])
+
+
+@pytest.mark.parametrize(('name', 'width'), [('base', 512), ('big', 1024)])
+def test_the_learning_rate_of_translation_is_that_of_the_formula(name, width):
+    """Of arXiv 1706.03762, equation 3."""
+    (path,) = (path for path in CONFIGS if path.stem == f'wmt14_transformer_{name}')
+    run = build(load_config(str(path)))
+    for step in (1, 37, 4000, 4001, 100_000):
+        rate = width**-0.5 * min(step**-0.5, step * 4000**-1.5)
+        assert float(run.schedule(step)) == pytest.approx(rate, rel=1e-4)
+
+
+@pytest.mark.parametrize('name', ['base', 'big'])
+def test_wmt14_is_read_as_tfds_prepares_it(name, tmp_path):
+    """The config as it is, but for its sizes, on records of the real dataset's form."""
+    with tfds.core.registered.skip_registration():
+
+        class Wmt14Translate(tensorflow_datasets.translate.Wmt14Translate):
+            def _split_generators(self, dl_manager):
+                sizes = {'train': 7, 'validation': 3, 'test': 2}
+                return {k: self._generate_examples(n) for k, n in sizes.items()}
+
+            def _generate_examples(self, count):
+                for i in range(count):
+                    yield i, {'de': f'Satz {i} ist süß.', 'en': f'Line {i} is sweet.'}
+
+    builder = Wmt14Translate(
+        config='de-en', data_dir=tmp_path, file_format='array_record'
+    )
+    builder.download_and_prepare()
+
+    (path,) = (path for path in CONFIGS if path.stem == f'wmt14_transformer_{name}')
+    config = load_config(str(path))
+    config.dataset.data_dir = str(tmp_path)
+    with config.unlocked():
+        config.model.kwargs = {'width': 16, 'depth': 1, 'mlp_dim': 24, 'num_heads': 2}
+    config.text.vocab_size = 48
+    config.text.buckets = (24, 48)
+    config.text.tokens_per_batch = 192
+    config.num_steps = config.optim.warmup_steps = 2
+    run = build(config)
+    assert run.dataset.splits == {'train': 7, 'validation': 3, 'test': 2}
+    result = train(run, tmp_path / 'run')
+    assert result['examples'] == 3
+    assert {'bleu', 'average_bleu'} <= set(result)
+    assert run.score.pairs().source[0].startswith('Line ')
