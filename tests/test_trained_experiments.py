@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from vit_jax.config import load_config, override
 from vit_jax.experiment import build_cell, load_experiment
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -79,3 +80,18 @@ def test_what_is_frozen_of_convit(row, frozen, tmp_path):
         assert gpsa <= set(still)
     else:
         assert sum(x.size for name, x in still.items() if 'gating' in name) == frozen
+
+
+@pytest.mark.parametrize('name', ['convit_table2', 'convit_table3', 'convit_locality'])
+def test_of_a_part_as_many_images_are_seen(name):
+    """`num_epochs` counts the whole data, see `default_config`: it stays."""
+    lengths = {}
+    for cell in load(name).cells():
+        arguments = [f'--config.{key}={value}' for key, value in cell.overrides.items()]
+        config = override(load_config(cell.config), arguments)
+        length = (config.num_epochs, config.num_steps)
+        lengths.setdefault(config.dataset.name, set()).add(length)
+    assert lengths.pop('imagenet2012') == {(300.0, None)}
+    assert lengths.pop('cifar10', {(100.0, None)}) == {(100.0, None)}
+    assert lengths.pop('digits') in ({(None, 2500)}, {(None, 1000)})
+    assert not lengths

@@ -43,20 +43,17 @@ def sweep() -> Iterator[Cell]:
                 # So many steps whatever the fraction: as many images seen.
                 overrides = {'dataset.train_fraction': fraction, 'num_steps': 2500}
                 yield Cell(f'digits/{model}/{fraction:.0%}', config, overrides, seed)
+    # An epoch is all of the data, however small the part: as many images seen.
     for seed in SEEDS:
         for fraction in FRACTIONS:
             for model, config in CIFAR10.items():
-                overrides = scale_epochs(100.0, fraction)
+                overrides = {'dataset.train_fraction': fraction}
                 yield Cell(f'cifar10/{model}/{fraction:.0%}', config, overrides, seed)
     for model, config in CONFIGS.items():
         for fraction, top1 in zip(FRACTIONS, PUBLISHED[model]):
-            name, overrides = f'{model}/{fraction:.0%}', scale_epochs(300.0, fraction)
+            name = f'{model}/{fraction:.0%}'
+            overrides = {'dataset.train_fraction': fraction}
             yield Cell(name, config, overrides, expected=Expected(top1, SOURCE))
-
-
-def scale_epochs(epochs: float, fraction: float) -> dict[str, float]:
-    """As many images seen as in `epochs` of all data."""
-    return {'dataset.train_fraction': fraction, 'num_epochs': epochs / fraction}
 
 
 def render(lines: Sequence[Line]) -> str:

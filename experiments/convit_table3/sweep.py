@@ -52,8 +52,8 @@ def sweep() -> Iterator[Cell]:
                 f'{row}/{fraction:.0%}',
                 'configs/imagenet_convit.py',
                 {
+                    # An epoch is all of the data, however small the part.
                     'dataset.train_fraction': fraction,
-                    'num_epochs': 300.0 / fraction,
                     'optim.learning_rate': 4e-4,
                     **(DEIT if row == 'e' else {'model.name': 'ConViT-S+/16'}),
                     **ablate(row, num_local_layers=10),
