@@ -23,7 +23,9 @@ import os
 import pathlib
 import time
 
-from vit_jax.errors import UserError
+import jax
+
+from vit_jax.errors import Stopped, UserError
 from vit_jax.experiment import Cell, Expected, Experiment
 from vit_jax.results import mean_sd, table, values_of
 
@@ -40,8 +42,13 @@ def sweep():
 def measure(cell, workdir, data_dir):
     if data_dir == 'bad' and cell.name == 'a':
         raise UserError('no such data')
+    if data_dir == 'stop' and cell.name == 'b/1%':
+        raise Stopped(7)  # as `train` does when it is asked to
+    if data_dir == 'huge' and cell.name == 'b/1%':
+        jax.numpy.zeros(2**48).block_until_ready()  # a PiB of memory
     (workdir / 'pid').write_text(str(os.getpid()))
-    while data_dir and data_dir != 'bad' and not pathlib.Path(data_dir).exists():
+    go = None if data_dir in (None, 'bad', 'stop', 'huge') else pathlib.Path(data_dir)
+    while go and not go.exists():
         time.sleep(0.02)
     cpus = len(os.sched_getaffinity(0))
     return {'accuracy': cell.overrides['x'] / 10, 'cpus': cpus}
@@ -108,6 +115,43 @@ def test_a_cell_that_fails_stops_no_other(run, folder, words):
     assert lines[1:3] == ['wait/a, seed 0: no such data', 'wait/b/1%, seed 0: done']
     assert lines[-1] == ('vit_jax: error: 2 of 6 cells did not run, as told above')
     assert '| not run | 35.0' in out
+
+
+@pytest.mark.parametrize(
+    ('name', 'jobs', 'cells'), [('wait', 1, 6), ('wait/b/1%', 2, 2)]
+)
+def test_a_cell_without_memory_stops_no_other(run, folder, words, name, jobs, cells):
+    """Any error of a cell is told in a line; its traceback is in the log."""
+    argv = ['reproduce', name, *words, '--data_dir=huge', f'--jobs={jobs}']
+    code, out, err = run(*argv)
+    assert code == 1
+    assert 'Traceback' not in err
+    assert out.splitlines()[2].count('2 seeds') == (cells - 2) // 2
+    for seed in (0, 1):
+        log = folder / 'runs' / 'wait' / 'b' / '1%' / str(seed) / 'log.txt'
+        (told,) = (x for x in err.splitlines() if f'b/1%, seed {seed}: ' in x)
+        assert 'RuntimeError: RESOURCE_EXHAUSTED: Out of memory' in told
+        assert told.count(f'see {log})') == 1
+        assert 'in measure\n' in log.read_text()
+    assert err.splitlines()[-1].endswith(
+        f'2 of {cells} cells did not run, as told above'
+    )
+
+
+def test_a_training_that_is_stopped_ends_the_sweep(run, words):
+    code, _, err = run('reproduce', 'wait', *words, '--data_dir=stop')
+    assert code == 0
+    assert err.splitlines()[1:] == [
+        'wait/a, seed 0: done',
+        'vit_jax: stopped after step 7, saved; the same command goes on',
+    ]
+
+
+def test_a_cell_that_fails_alone(run, words):
+    code, _, err = run('reproduce', 'wait/b/1%', *words, '--data_dir=huge', '--seed=1')
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert re.search(r'error: .*RESOURCE_EXHAUSTED.* \(see .*/1/log\.txt\)$', last)
 
 
 def test_cells_side_by_side(run, folder, words):

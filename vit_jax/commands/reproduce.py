@@ -5,10 +5,11 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
 from vit_jax.commands import options
-from vit_jax.errors import UserError, unknown
+from vit_jax.errors import Stopped, UserError, reason, unknown
 from vit_jax.experiment import (
     Cell,
     Experiment,
@@ -140,12 +141,19 @@ def _run_one_by_one(
     args: argparse.Namespace, experiment: Experiment, cells: Sequence[Cell]
 ) -> Ran:
     for cell in cells:
+        error = None
         try:
             run_cell(experiment, cell, args.workdir / experiment.name, args.data_dir)
-        except UserError as error:
-            yield cell, str(error)
-        else:
-            yield cell, None
+        except Stopped:
+            raise
+        except UserError as wrong:
+            error = str(wrong)
+        except Exception as failure:  # such as out of memory, which is one cell's
+            log = _log(args, experiment, cell)
+            with log.open('a') as file:
+                traceback.print_exception(failure, file=file)
+            error = f'{type(failure).__name__}: {reason(failure)} (see {log})'
+        yield cell, error  # the failure is gone, and what its frames had in memory
 
 
 def _run_side_by_side(
@@ -158,7 +166,7 @@ def _run_side_by_side(
     for cell in cells:
         name = f'{experiment.name}/{cell.name}'
         command = [sys.executable, '-m', 'vit_jax.main', 'reproduce', name]
-        log = cell_folder(cell, args.workdir / experiment.name) / 'log.txt'
+        log = _log(args, experiment, cell)
         jobs.append(Job([*command, f'--seed={cell.seed}', *common], log))
     dealt = shares(args.jobs, available_cpus(), count_gpus(os.environ))
     # As by Ctrl-C: those that run are asked to end, and save.
@@ -170,10 +178,16 @@ def _run_side_by_side(
             if code or not read_result(cell, args.workdir / experiment.name):
                 *_, last = log.read_text().splitlines() or ['']
                 last = last.removeprefix('vit_jax: error: ')
+                last = last.removesuffix(f' (see {log})')
                 error = f'{last} ({how_it_ended(code)}; see {log})'
             yield cell, error
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _log(args: argparse.Namespace, experiment: Experiment, cell: Cell) -> pathlib.Path:
+    """What a cell says that has a process of its own, and the traceback of one."""
+    return cell_folder(cell, args.workdir / experiment.name) / 'log.txt'
 
 
 def _load(base: pathlib.Path, name: str) -> Experiment:
