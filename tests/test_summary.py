@@ -3,12 +3,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vit_jax.build import build
+from vit_jax.config import default_config
 from vit_jax.layers.local_attention import LocalAttention
 from vit_jax.models import build_model
 from vit_jax.models.convit import ConViT
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import ViT
-from vit_jax.summary import OTHER, Cost, count_params, summarize, total
+from vit_jax.summary import (
+    OTHER,
+    Cost,
+    count,
+    count_params,
+    step_flops,
+    summarize,
+    total,
+)
 
 # A grid of 2 x 3 and a class token: 7 tokens of width 8.
 T, D, F, V = 7, 8, 12, 5
@@ -103,7 +113,7 @@ def test_costs_of_convolutions_and_products():
     costs = summarize(Conv(), (10, 14, 4))
     assert costs['conv'].macs == (5 * 7) * 3 * 5 * 2 * 6
     assert costs['conv'].params == 3 * 5 * 2 * 6 + 6
-    assert costs['up'].macs == (10 * 14) * 2 * 2 * 6 * 7
+    assert costs['up'].macs == (5 * 7) * 2 * 2 * 6 * 7  # each position makes four
     assert costs[OTHER].macs == 7 * 7 * 10 * 14
     assert costs[OTHER].params == 0
     assert list(costs) == ['conv', 'up', OTHER]
@@ -210,3 +220,104 @@ def test_costs_of_a_resnet_with_its_statistics_and_its_stem():
     assert costs['stem_norm'].params == 2 * 8  # running statistics are none
     assert costs['stage1_block1'].macs == 2 * 24 * 9 * 8 * 8
     assert costs[OTHER].macs == 0
+
+
+def test_costs_of_both_nets_of_a_gan():
+    """An image of 4x4 is made of a latent, and one is judged."""
+
+    def products(positions, *kernels):
+        """Of each kernel (inputs, outputs), its largest singular value included."""
+        return sum(positions * d * f + 3 * d * f + f for d, f in kernels)
+
+    model = build_model(
+        'SAGAN',
+        None,
+        image_shape=(4, 4, 1),
+        latent_dim=5,
+        generator_widths=(3,),
+        discriminator_widths=(2,),
+        attention=False,
+    )
+    costs = summarize(model, (4, 4, 1))
+    macs = {
+        'generator': products(1, (5, 2 * 2 * 3))
+        + products(4 * 4, (9 * 3, 3), (9 * 3, 3), (9 * 3, 1)),
+        'discriminator': products(4 * 4, (9 * 1, 2), (9 * 2, 2), (1, 2))
+        + products(1, (2, 1)),
+    }
+    assert {name: cost.macs for name, cost in costs.items()} == macs
+    assert costs['generator'].activation_bytes > 4 * 4 * 3 * 4
+    assert count(model, (4, 4, 1)) == (total(costs).params, total(costs).macs)
+
+
+# --- A step -------------------------------------------------------------------
+
+B, P, H, Z = 16, 5 * 5 * 3, 11, 13  # batch, pixels, hidden units, size of latents
+
+
+def make_run(task='classify', **values):
+    config = default_config(task)
+    config.model.name = 'MLP'
+    config.model.kwargs = {'widths': (H,)}
+    config.dataset.name = 'synthetic:size=5,channels=3,num_examples=37,num_classes=5'
+    config.batch_size = B
+    config.num_steps = 3
+    for key, value in values.items():
+        config.update_from_flattened_dict({key: value})
+    return build(config)
+
+
+@pytest.mark.parametrize(
+    'values',
+    [{}, {'accum_steps': 2}, {'parallel.mode': 'pmap'}, {'optim.ema_decay': 0.9}],
+)
+def test_a_step_is_its_products(values):
+    """Forward, the gradients of both kernels, and of the hidden layer."""
+    macs = B * (2 * P * H + 3 * H * V)
+    assert step_flops(make_run(**values)) == 2 * macs
+
+
+def test_what_is_frozen_has_no_gradients():
+    run = make_run(**{'optim.freeze': ('fc0',)})
+    assert step_flops(run) == 2 * B * (P * H + 2 * H * V)
+
+
+def test_what_is_computed_again_is_not_counted():
+    def make_vit(remat, **kwargs):
+        kwargs |= {'width': 8, 'depth': 1, 'mlp_dim': 12, 'num_heads': 2}
+        model = {'model.name': 'ViT-Ti/5', 'model.kwargs': kwargs}
+        return make_run(**model, **{'parallel.remat': remat})
+
+    plain, again = make_vit('none'), make_vit('full', attention_impl='chunked')
+    assert step_flops(plain) == step_flops(again)
+
+
+class Nets(nn.Module):
+    """A generator and a discriminator, each a product."""
+
+    num_classes: int | None = None
+    latent_dim: int = Z
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.generator, self.discriminator = nn.Dense(P), nn.Dense(1)
+
+    def generate(self, latent, *, train=False):
+        return self.generator(latent).reshape(-1, 5, 5, 3)
+
+    def __call__(self, image, *, train=False):
+        if self.is_initializing():
+            self.generate(jnp.zeros((1, Z)))
+        return self.discriminator(image.reshape(-1, P))[:, 0]
+
+
+def test_a_step_of_two_nets():
+    """An image is made, it and a real one are judged, it once more; then backwards.
+
+    The discriminator's kernel has a gradient by both images. The made one has its own
+    by the last judgement alone, and the generator's kernel by that.
+    """
+    run = make_run('gan', **{'model.name': 'test_summary:Nets', 'model.kwargs': {}})
+    forward = Z * P + 2 * P + P
+    backward = 2 * P + P + Z * P
+    assert step_flops(run) == 2 * B * (forward + backward)

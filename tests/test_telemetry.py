@@ -12,7 +12,7 @@ from test_train import small_config
 import vit_jax.telemetry
 from vit_jax.build import build
 from vit_jax.hardware import find_hardware
-from vit_jax.summary import count
+from vit_jax.summary import step_flops
 from vit_jax.telemetry import Clock, Profile, warn_of_cpu, warn_of_waiting
 
 
@@ -72,16 +72,16 @@ def test_no_steps_have_no_rates(run):
     assert clock.rates() == {}
 
 
-def test_utilisation_is_three_forward_passes_over_the_peak(run, monkeypatch):
+def test_utilisation_is_the_steps_operations_over_the_peak(run, monkeypatch):
     hardware = find_hardware('TPU v5 lite')
     monkeypatch.setattr(vit_jax.telemetry, 'find_hardware', lambda kind: hardware)
     clock = Clock(run)
     clock.wait_for(itertools.repeat('batch'), steps=5)
     clock.called({'loss': (np.ones(5), np.full(5, 8.0))})
     rates = clock.rates()
-    _, macs = count(run.model, (6, 6, 1))
-    # On eight devices; a multiply-add is two operations.
-    expected = 6 * macs * rates['images_per_second'] / (8 * hardware.flops)
+    # Eight images a step, on eight devices.
+    of_image = step_flops(run) / 8
+    expected = of_image * rates['images_per_second'] / (8 * hardware.flops)
     np.testing.assert_allclose(rates['flops_utilisation'], expected, rtol=1e-6)
 
 

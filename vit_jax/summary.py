@@ -1,4 +1,5 @@
-"""What a model costs: parameters, multiply-adds and activation memory, per block.
+"""What a model costs: parameters, multiply-adds and activation memory, per block; and
+what a step of its training does.
 
 Nothing is computed: the forward pass and its linearisation are traced to a jaxpr,
 whose equations carry the name of the module that made them.
@@ -7,7 +8,7 @@ whose equations carry the name of the module that made them.
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,9 @@ from jax.extend import core
 
 from vit_jax.models import check_takes_images
 from vit_jax.typing import Inputs, Shape
+
+if TYPE_CHECKING:  # a model alone needs no data
+    from vit_jax.build import Run
 
 OTHER = '(other)'
 SCOPE = 'multiply_adds'
@@ -48,7 +52,7 @@ def summarize(model: nn.Module, inputs: Shape | Inputs) -> dict[str, Cost]:
     Args:
       model: an unbound module.
       inputs: what it takes: images of a shape (height, width, channels), or shapes and
-        dtypes of something else.
+        dtypes of something else. A model that makes images makes one beside.
 
     Returns:
       Name of the block -> Cost; '(other)' for what no block did, where there is such.
@@ -57,7 +61,7 @@ def summarize(model: nn.Module, inputs: Shape | Inputs) -> dict[str, Cost]:
       UserError: for images, and a model of sequences.
     """
     arrays = [jnp.zeros(x.shape, x.dtype) for x in _inputs(model, inputs)]
-    model = _same_everywhere(model)
+    model = same_everywhere(model)
     rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
     variables = jax.eval_shape(lambda: model.init(rngs, *arrays, train=False))
     params = variables['params']
@@ -67,8 +71,15 @@ def summarize(model: nn.Module, inputs: Shape | Inputs) -> dict[str, Cost]:
         if name != 'params'
     }
 
+    makes_images = hasattr(model, 'generate')
+    latent = jnp.zeros((1, model.latent_dim)) if makes_images else None
+
     def forward(params, *arrays):
-        return model.apply({'params': params, **others}, *arrays, train=False)
+        apply = partial(model.apply, {'params': params, **others}, train=False)
+        outputs = apply(*arrays)
+        if makes_images:  # by a net that the call leaves out
+            outputs = outputs, apply(latent, method='generate')
+        return outputs
 
     def residuals(params, *arrays):
         """What the backward pass is given: the leaves of the vjp function."""
@@ -107,11 +118,32 @@ def count(model: nn.Module, inputs: Shape | Inputs) -> tuple[int, int]:
     >>> count(build_model('DeiT-Ti/16', 1000), (224, 224, 3))
     (5717416, 1253683200)
     """
+    if hasattr(model, 'generate'):
+        cost = total(summarize(model, inputs))
+        return cost.params, cost.macs
     # One trace tells both, since initializers have no products.
-    init = partial(_same_everywhere(model).init_with_output, train=False)
+    init = partial(same_everywhere(model).init_with_output, train=False)
     trace = jax.make_jaxpr(init, return_shape=True)
     jaxpr, (_, variables) = trace(jax.random.key(0), *_inputs(model, inputs))
     return count_params(variables['params']), count_macs(jaxpr.jaxpr)
+
+
+def step_flops(run: 'Run') -> int:
+    """Operations of a training step, of all devices, a multiply-add being two.
+
+    They are the products and convolutions of the step's own trace: each pass of each
+    net, and none through what is frozen. Where batches differ in shape it is that of
+    the largest. What is computed again for memory's sake is no use, and not counted
+    (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+      run: from `build`.
+    """
+    model = same_everywhere(run.model)
+    if hasattr(model, 'remat'):
+        model = model.clone(remat='none')
+    step = partial(run.train_step, model=model)  # type: ignore[call-arg]
+    return 2 * count_macs(jax.make_jaxpr(step)(run.state_shape, run.batch_shape).jaxpr)
 
 
 def count_macs(jaxpr: core.Jaxpr) -> int:
@@ -131,7 +163,7 @@ def _inputs(model: nn.Module, inputs: Shape | Inputs) -> Inputs:
     return (jax.ShapeDtypeStruct((1, *inputs), jnp.float32),)  # type: ignore[misc]
 
 
-def _same_everywhere(model: nn.Module) -> nn.Module:
+def same_everywhere(model: nn.Module) -> nn.Module:
     """The model, with the same cost on every machine: 'auto' differs between them."""
     if hasattr(model, 'attention_impl'):
         return model.clone(attention_impl='dense')
@@ -153,10 +185,11 @@ def _equations(
 def _block(name_stack: str) -> str:
     """The top-level module of 'Model/block00/mlp' or 'jvp(Model)/block00/mlp'.
 
-    A method beside `__call__` adds a scope: 'ResNet/ResNet._stem/stem'.
+    A method beside `__call__` adds a scope, 'ResNet/ResNet._stem/stem', or is the first
+    one, 'SAGAN.generate/generator'.
     """
-    parts = [part for part in name_stack.split('/') if '.' not in part]
-    return parts[1] if len(parts) > 1 else ''
+    _, *parts = name_stack.split('/')
+    return next((part for part in parts if '.' not in part), '')
 
 
 def _macs(eqn: core.JaxprEqn) -> int:
@@ -173,7 +206,10 @@ def _macs(eqn: core.JaxprEqn) -> int:
     if eqn.primitive.name == 'conv_general_dilated':
         kernel = _aval(eqn.invars[1])
         out_channels = kernel.shape[eqn.params['dimension_numbers'].rhs_spec[0]]
-        return _aval(eqn.outvars[0]).size * kernel.size // out_channels
+        # Of a transposed convolution, as the gradient of a strided one is, only what is
+        # not a zero between the pixels.
+        holes = math.prod(eqn.params['lhs_dilation'])
+        return _aval(eqn.outvars[0]).size * kernel.size // out_channels // holes
     if eqn.primitive.name == 'mul' and SCOPE in str(eqn.source_info.name_stack):
         return _aval(eqn.outvars[0]).size
     return 0

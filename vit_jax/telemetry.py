@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_jax.build import Run
 from vit_jax.hardware import find_hardware
-from vit_jax.summary import count
+from vit_jax.summary import step_flops
 from vit_jax.typing import Array, Batch, Metrics
 
 MUCH_WAITING = 0.3  # of the time, above which the user is told
@@ -37,9 +37,7 @@ class Clock:
         self._num_devices = len(run.parallel.devices)
         hardware = find_hardware(run.parallel.devices[0].device_kind)
         self._peak = hardware.flops if hardware else None
-        # The forward pass once and the backward pass, which is twice as much; what is
-        # computed again for memory's sake is no use (PaLM, arXiv 2204.02311, app. B).
-        self._flops = 3 * 2 * _macs(run) if hardware else None
+        self._flops = step_flops(run) / _units(run) if hardware else None
         self._watcher = ThreadPoolExecutor(1, 'device')
         self._finished: Future[float] | None = None  # when the last call was
         self.start()
@@ -171,7 +169,7 @@ def warn_of_cpu() -> str | None:
     return None
 
 
-def _macs(run: Run) -> float:
-    """Multiply-adds of the forward pass, for one image or token."""
-    _, macs = count(run.model, run.inputs)
-    return macs / (run.inputs[-1].shape[1] if run.units.losses == 'tokens' else 1)
+def _units(run: Run) -> int:
+    """Images of a batch, or tokens of the longest."""
+    length = run.inputs[-1].shape[1] if run.units.losses == 'tokens' else 1
+    return run.batch_size * length
