@@ -256,6 +256,20 @@ def test_parameters_without_the_classifier(table1):
     assert line['headless'] == pytest.approx(5.717416 - 0.193)
 
 
+def test_operations_of_cells_that_train_nothing(table1):
+    """Of 50,000 images, or 21 batches of each model in turns; counting takes none."""
+    of_image = 2 * 1_253_683_200  # of DeiT-Ti, see `vit_jax.summary.count`
+    other = 2 * count(table1.make('ConViT-Ti'), (224, 224, 3))[1]
+    expected = {
+        'params/DeiT-Ti': 0,
+        'macs/DeiT-Ti': 0,
+        'top1/DeiT-Ti': 50_000 * of_image,
+        'speed/ConViT-Ti': 21 * 128 * (of_image + other),
+    }
+    cells = {cell.name: cell for cell in table1.sweep()}
+    assert {name: table1.flops(cells[name]) for name in expected} == expected
+
+
 def test_rounded_values_have_the_tolerance_of_their_rounding(table1):
     assert [table1.rounding(value) for value in (6, 27, 5.4)] == [0.5, 0.5, 0.05]
     weights = {name: table1.published_weights(name) for name in table1.ROWS}

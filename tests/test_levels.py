@@ -18,7 +18,7 @@ LEVELS = (
     'build',
     'train evaluate export benchmark sown maps sequence_maps pictures report summary '
     'sequence_pictures experiment results reproduce jobs interrupt recent telemetry '
-    'slices topology largest_batch probes processes',
+    'slices topology largest_batch probes processes costs',
     'commands',
     'main',
 )

@@ -229,6 +229,8 @@ class Experiment:
       render: lines -> `table.md`.
       draw: lines -> pictures by the names of their files.
       measure: (cell, workdir, data_dir) -> what is measured, JSON.
+      flops: of a cell without a config, operations of what is measured; None where
+        nobody counts them.
       name: of its folder, set by `load_experiment`.
       title: the first line of `sweep.py`, set by `load_experiment`.
     """
@@ -237,6 +239,7 @@ class Experiment:
     render: Callable[[Sequence[Line]], str]
     draw: Callable[[Sequence[Line]], 'Mapping[str, Figure]'] = lambda lines: {}
     measure: Callable[[Cell, pathlib.Path, str | None], Line] = train_cell
+    flops: Callable[[Cell], int | None] = lambda cell: None
     name: str = ''
     title: str = ''
 

@@ -152,8 +152,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     | --- | --- |
     | ViT | 50.0 |
     """
-    lines = [header, ['---'] * len(header), *rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    return ''.join(map(table_row, [header, ['---'] * len(header), *rows]))
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A line of it."""
+    return f'| {" | ".join(cells)} |\n'
 
 
 def published_table(cells: Iterable[Cell], lines: Sequence[Line]) -> str:

@@ -152,8 +152,18 @@ def attention_macs(model: nn.Module) -> int:
 # --- Speed --------------------------------------------------------------------------
 
 
+def timed(name: str) -> dict[str, nn.Module]:
+    """A ConViT, the paper's DeiT of that name, and a ViT of equal width if need be."""
+    row, deit = ROWS[name], name.replace('ConViT', 'DeiT')
+    models = {name: make(name), deit: make(deit)}
+    if ROWS[deit].width != row.width:
+        equal = make(deit, width=row.width, num_heads=row.heads)
+        models[f'ViT of width {row.width}'] = equal
+    return models
+
+
 def measure_speed(name: str, data_dir: str | None) -> Line:
-    """Images per second of a ConViT, of the paper's DeiT and of a ViT of its width.
+    """Images per second of each model of `timed`.
 
     Forward passes in float32, in turns, with random parameters.
     """
@@ -165,11 +175,7 @@ def measure_speed(name: str, data_dir: str | None) -> Line:
             f'of {", ".join(ON_CPU)}'
         )
     batch, rounds = CPU_BATCH if on_cpu else BATCH
-    row, deit = ROWS[name], name.replace('ConViT', 'DeiT')
-    models = {name: make(name), deit: make(deit)}
-    if ROWS[deit].width != row.width:
-        equal = make(deit, width=row.width, num_heads=row.heads)
-        models[f'ViT of width {row.width}'] = equal
+    models = timed(name)
     images = jax.random.normal(jax.random.key(0), (batch, SIDE, SIDE, 3))
     variables = {
         key: jax.jit(partial(model.init, train=False))(jax.random.key(1), images[:1])
@@ -221,6 +227,19 @@ def measure(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> Line:
     """What the first part of the cell's name says."""
     del workdir
     return MEASURES[cell.overrides['measured']](cell.overrides['model'], data_dir)
+
+
+def flops(cell: Cell) -> int:
+    """Operations of the forward passes; what is counted of modules takes none."""
+    kind, name = cell.overrides['measured'], cell.overrides['model']
+    batch, rounds = BATCH
+    if kind == 'top1':
+        models, images = [make(name)], 50_000
+    elif kind == 'speed':
+        models, images = [*timed(name).values()], (1 + rounds) * batch
+    else:
+        return 0
+    return sum(2 * images * count(model, (SIDE, SIDE, 3))[1] for model in models)
 
 
 # --- What is told -------------------------------------------------------------------
@@ -306,4 +325,4 @@ def _speeds(lines: Sequence[Line]) -> str:
     return table([*header, 'published ratio'], rows)
 
 
-EXPERIMENT = Experiment(sweep, render, measure=measure)
+EXPERIMENT = Experiment(sweep, render, measure=measure, flops=flops)

@@ -58,7 +58,11 @@ def render(lines):
     return table(NAMES, [[mean_sd(values_of(lines, name)) for name in NAMES]])
 
 
-EXPERIMENT = Experiment(sweep, render, measure=measure)
+def flops(cell):
+    return None if cell.name == 'a' else cell.overrides['x'] * 10**18
+
+
+EXPERIMENT = Experiment(sweep, render, measure=measure, flops=flops)
 '''
 TABLE = (
     '| a | b/1% | b/2% |\n| --- | --- | --- |\n'
@@ -216,6 +220,28 @@ def test_what_there_is(run, folder, words):
         '| b/1% | 0 of 2 seeds |  |',
         '| b/2% | 0 of 2 seeds |  |',
     ]
+
+
+def test_what_is_left_would_cost(run, folder, words):
+    """Of all seeds that are left, at 0.4 x 989 TFLOP/s; the first one tells."""
+    where = [*words, '--data_dir=/my data']
+    run('reproduce', 'wait/b/1%', *words, '--seed=0')
+    code, out, err = run('reproduce', 'wait/b', '--costs', *where)
+    assert (code, err) == (0, '')
+    header, _, *rows = out.splitlines()
+    assert header == '| not run | seeds | FLOP | one H100, at least | command |'
+    rest = f"--workdir={folder / 'runs'} '--data_dir=/my data'"
+    assert rows[:3] == [
+        f'| b/2% | 2 | 8.0e18 | 5.6 hours | `vit_jax reproduce wait/b/2% {rest}` |',
+        f'| b/1% | 1 | 3.0e18 | 2.1 hours | `vit_jax reproduce wait/b/1% {rest}` |',
+        f'| all | 3 | 1.1e19 | 7.7 hours | `vit_jax reproduce wait/b {rest}` |',
+    ]
+    assert 'at 40% of its 989 TFLOP/s in bfloat16, an assumption' in out
+    _, out, _ = run('reproduce', 'wait/a', '--costs', *words)
+    assert '| a | 2 | not counted |  | ' in out
+    run('reproduce', 'wait/b', *words)
+    _, out, _ = run('reproduce', 'wait/b', '--costs', *words)
+    assert out == 'every cell of wait/b has run\n'
 
 
 @pytest.mark.parametrize(

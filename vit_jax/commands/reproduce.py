@@ -3,9 +3,11 @@
 import argparse
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from vit_jax.commands import options
@@ -23,7 +25,7 @@ from vit_jax.experiment import (
 from vit_jax.jobs import Job, available_cpus, run_jobs, shares
 from vit_jax.processes import count_gpus, how_it_ended
 from vit_jax.reproduce import gather, update_results
-from vit_jax.results import status, table, values_of
+from vit_jax.results import status, table, table_row, values_of
 
 EPILOG = """\
 A cell that has run does not run again, and one that was interrupted goes on: the same
@@ -32,6 +34,7 @@ run again.
 
   vit_jax reproduce --list
   vit_jax reproduce convit_table3 --list
+  vit_jax reproduce convit_table3 --costs --workdir=/data/runs --data_dir=/data/tfds
   vit_jax reproduce convit_table3/digits --workdir=/tmp/runs --jobs=2
   vit_jax reproduce convit_table2/ConViT-S/10% --workdir=/data/runs \\
       --data_dir=/data/tfds
@@ -52,8 +55,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         'name', nargs='?', metavar='EXPERIMENT[/CELL]', help='a folder in experiments/'
     )
-    parser.add_argument(
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument(
         '--list', action='store_true', help='what there is, and what has run'
+    )
+    told.add_argument(
+        '--costs',
+        action='store_true',
+        help='what has not run, its commands and their cost: seconds a cell',
     )
     parser.add_argument('--workdir', type=pathlib.Path, help='for all runs')
     parser.add_argument('--data_dir', help='where datasets lie: dataset.data_dir')
@@ -95,10 +104,14 @@ def main(argv: Sequence[str]) -> int:
         cells = [cell for cell in cells if cell.seed == args.seed]
         if not cells:
             raise UserError(f'{args.name} has no seed {args.seed}')
-    if args.list:
+    if args.list or args.costs:
         folder = args.results or args.experiments / name
-        workdir = args.workdir and args.workdir / name
-        print(_list_cells(cells, gather(experiment, folder, workdir)), end='')
+        lines = gather(experiment, folder, args.workdir and args.workdir / name)
+        if args.list:
+            print(_list_cells(cells, lines), end='')
+        else:
+            left = [cell for cell in cells if find_line(cell, lines) is None]
+            _print_costs(args, experiment, left)
         return 0
     if args.workdir is None:
         raise UserError('name a folder for the runs, such as --workdir=/tmp/runs')
@@ -229,6 +242,40 @@ def _list_cells(cells: Sequence[Cell], lines: Sequence[Line]) -> str:
             state += f', {status(values_of(lines, name, *expected.path), expected)}'
         rows.append([name, state, published])
     return table(['cell', 'have run', 'published'], rows)
+
+
+def _print_costs(
+    args: argparse.Namespace, experiment: Experiment, left: Sequence[Cell]
+) -> None:
+    """A row for the seeds of a cell, as soon as it is counted; one for all cells."""
+    from vit_jax.costs import ASSUMPTION, GPU, cell_flops, describe
+
+    seeds = Counter(cell.name for cell in left)
+    if not seeds:
+        print(f'every cell of {args.name} has run')
+        return
+    first = {cell.name: cell for cell in reversed(left)}
+    cells = [first[name] for name in seeds]
+    header = ['not run', 'seeds', 'FLOP', f'one {GPU.name}, at least', 'command']
+    print(table(header, []), end='')
+    total: int | None = 0
+    for cell, flops in zip(cells, cell_flops(experiment, cells, args.data_dir)):
+        count, name = seeds[cell.name], f'{experiment.name}/{cell.name}'
+        flops = None if flops is None else count * flops
+        total = None if flops is None or total is None else total + flops
+        row = [cell.name, str(count), *describe(flops), _command(args, name)]
+        print(table_row(row), end='', flush=True)
+    row = ['all', str(len(left)), *describe(total), _command(args, args.name)]
+    print(table_row(row))
+    print(ASSUMPTION, end='')
+
+
+def _command(args: argparse.Namespace, name: str) -> str:
+    """What runs that, where the user says that runs and data lie; as Markdown."""
+    words = [name, f'--workdir={args.workdir or "/tmp/runs"}']
+    words += [f'--data_dir={args.data_dir}'] if args.data_dir else []
+    words += [f'--seed={args.seed}'] if args.seed is not None else []
+    return f'`{shlex.join(["vit_jax", "reproduce", *words])}`'
 
 
 def _part(text: str) -> tuple[int, int]:
