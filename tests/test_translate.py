@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import math
 import shutil
+import sys
 from contextlib import closing
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from sacrebleu.metrics import BLEU
 import vit_jax.sharding
 from vit_jax import translation
 from vit_jax.build import build
+from vit_jax.checkpoint import Checkpoints
 from vit_jax.config import default_config
 from vit_jax.data.buckets import make_buckets
 from vit_jax.data.text import load_text
@@ -147,6 +150,23 @@ def test_rows_of_padding_change_no_gradient():
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+def test_micro_batches_weigh_by_their_tokens():
+    """Of unequal numbers of tokens they give the update of the whole batch."""
+    values = {'model.kwargs.dropout_rate': 0.0, 'optim.name': 'sgd'}
+    states = []
+    for accum_steps in (1, 2):
+        run = build(make_config(accum_steps=accum_steps, **values))
+        with closing(run.train_data(0)) as data:
+            batch = next(data)
+        batch['target'][::2, 5:] = PAD  # of every other row little is left
+        states.append(jax.jit(run.train_step)(run.init(), batch))
+    (one, metrics), (two, others) = states
+    for name in ('loss', 'accuracy', 'grad_norm'):
+        np.testing.assert_allclose(metrics[name], others[name], rtol=1e-5)
+    for x, y in zip(*map(jax.tree.leaves, (one.variables, two.variables))):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
 # --- Runs ---------------------------------------------------------------------
 
 
@@ -172,6 +192,8 @@ def test_a_run_tells_of_tokens(workdir):
             (batch['source'] != PAD).any(axis=1) for batch in itertools.islice(data, 6)
         ]
     assert lines[-1]['train/examples_seen'] == sum(map(np.sum, rows))
+    with Checkpoints(path, read_only=True) as checkpoints:
+        assert checkpoints.load_metadata(6)['signature'] is None  # no BLEU
     # One for each shape of a batch that has come up, of two.
     assert lines[0]['train/programs'] in (1, 2)
 
@@ -392,7 +414,30 @@ def test_bleu_is_that_of_sacrebleu():
     assert 'tok:13a' in run.score.signature
 
 
+def test_what_counts_is_stored_and_missed_before_training(tmp_path, monkeypatch):
+    run = build(make_config(**{'text.score': 'bleu', 'num_steps': 1}))
+    monkeypatch.setattr(type(run.score), '__call__', lambda *_: {'bleu': 0.0})
+    monkeypatch.setitem(sys.modules, 'sacrebleu.metrics', None)
+    with pytest.raises(UserError, match='BLEU needs sacrebleu: install the extra'):
+        train(run, tmp_path)
+    assert not (tmp_path / 'metrics.jsonl').exists()
+    monkeypatch.delitem(sys.modules, 'sacrebleu.metrics')
+    train(run, tmp_path)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert 'tok:13a' in checkpoints.load_metadata(1)['signature']
+
+
 # --- Mistakes -----------------------------------------------------------------
+
+
+class Uncached(nn.Module):
+    num_classes: int
+    dtype: type = jnp.float32
+
+    def encode(self, source):
+        raise AssertionError
+
+    decode = encode
 
 
 @pytest.mark.parametrize(
@@ -407,7 +452,12 @@ def test_bleu_is_that_of_sacrebleu():
         ({'dataset.image_size': (8, 8)}, 'image_size is set to .* does not read it'),
         ({'dataset.name': 'digits'}, 'digits'),
         ({'model.name': 'ViT-Ti/16', 'model.kwargs': {}}, 'a ViT cannot encode'),
-        ({'text.length_penalty': -1.0}, 'length_penalty must be 0 or more'),
+        (
+            {'model.name': f'{__name__}:Uncached', 'model.kwargs': {}},
+            'a Uncached needs a field cache_length',
+        ),
+        ({'text.length_penalty': -1.0}, 'length_penalty must be from 0 to 10'),
+        ({'text.length_penalty': 11.0}, 'length_penalty must be from 0 to 10'),
         ({'checkpoint.keep_best': 'blue'}, 'unknown metric in checkpoint.keep_best'),
     ],
 )

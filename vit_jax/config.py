@@ -282,10 +282,10 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             'augment.mixup',
             'augment.cutmix',
             'checkpoint.average',
-            'text.length_penalty',
             'text.extra_length',
         ),
     ),
+    ('from 0 to 10', lambda x: 0 <= x <= 10, ('text.length_penalty',)),
     (
         'in (0, 1]',
         lambda x: 0 < x <= 1,

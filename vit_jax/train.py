@@ -61,6 +61,8 @@ def train(
             run.vocabulary.keep(workdir, begun=checkpoints.latest_step() is not None)
         run.eval_data().close()  # data that is not there is missed now, not at the end
         about = {**run.metadata, **run.read_facts()}
+        if run.score:  # how it counts is missed now too, where that is not installed
+            about['signature'] = run.score.signature
         _check_continues(run, checkpoints, about)
 
         # State and position in the data: the newest checkpoint's, or the beginning.

@@ -107,6 +107,11 @@ def check_translates(model: nn.Module) -> None:
             f'a {type(model).__name__} cannot encode and decode, so it does not '
             'translate; choose a model such as Transformer-base'
         )
+    if not hasattr(model, 'cache_length'):
+        raise UserError(
+            f'a {type(model).__name__} needs a field cache_length, the most tokens '
+            'that cached decoding may see'
+        )
     if getattr(model, 'pad_id', PAD) != PAD:
         raise UserError(f'padding is token {PAD} of our data, not {model.pad_id}')
 
