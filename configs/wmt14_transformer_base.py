@@ -10,6 +10,7 @@ recipe    arXiv 1706.03762, section 5: Adam, 100,000 steps of 25,000 tokens a si
           of the last 5 checkpoints; beam 4, length penalty 0.6
 published 27.3 BLEU on newstest2014 (tokenized, compounds split, as sacrebleu does not),
           12 hours on 8 P100
+differs   bfloat16; Adam's epsilon 1e-8 (1e-9 there); BPE of raw text (tokenized there)
 expected  not run here
 
   vit_jax train --config=configs/wmt14_transformer_base.py --workdir=/data/runs/base \\

@@ -5,6 +5,7 @@ model     Transformer-big: 6 + 6 layers, width 1024, 16 heads; 214M parameters
 recipe    as the base model, but 300,000 steps, dropout 0.3, the rate of its width, and
           the mean of the last 20 checkpoints
 published 28.4 BLEU on newstest2014 (see the base model), 3.5 days on 8 P100
+differs   bfloat16; Adam's epsilon 1e-8 (1e-9 there); BPE of raw text (tokenized there)
 expected  not run here
 
   vit_jax train --config=configs/wmt14_transformer_big.py --workdir=/data/runs/big \\
