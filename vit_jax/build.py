@@ -263,7 +263,7 @@ def build(config: ConfigDict, named: Collection[str] | None = None) -> Run:
                 'kwargs': c.model.kwargs,
                 'num_classes': data.num_classes,
                 'dtype': c.dtype,
-                **model_facts(model, data.inputs[0].shape[1:3]),
+                **model_facts(model, data.inputs[0].shape[1:-1]),
             },
             **data.facts,
             **(task.facts(settings) if hasattr(task, 'facts') else {}),

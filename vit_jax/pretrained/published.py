@@ -115,13 +115,15 @@ def model_facts(model: Any, image_size: Sequence[int]) -> dict[str, Any]:
 
     Args:
       model: the module; a fact that it does not have is left out.
-      image_size: (height, width), multiples of its patches.
+      image_size: (height, width), or the axes of another signal; multiples of its
+        patches.
     """
     fields = ('activation', 'layer_norm_eps', 'num_heads')
     facts = {k: getattr(model, k) for k in fields if hasattr(model, k)}
     if not hasattr(model, 'patch_size'):
         return facts
-    grid = [n // p for n, p in zip(image_size, resolve_patch(model.patch_size, 2))]
+    patch = resolve_patch(model.patch_size, len(image_size))
+    grid = [n // p for n, p in zip(image_size, patch)]
     prefix_tokens = getattr(model, 'num_prefix_tokens', 0)
     return {**facts, 'grid': grid, 'prefix_tokens': prefix_tokens}
 
