@@ -1,6 +1,5 @@
 """`vit_jax translate`, and what the other commands do with a model of sentences."""
 
-import concurrent.futures
 import gzip
 import io
 import json
@@ -75,13 +74,13 @@ def test_a_long_line_is_cut_and_told(run, dates, stdin, monkeypatch, caplog):
     assert message.startswith('line 3 has 5001 tokens; what follows the first 39 is')
 
 
-def test_what_is_no_regular_file_is_read_too(run, dates, tmp_path):
+def test_what_is_no_regular_file_is_read_too(run, dates):
     """As `vit_jax translate <(zcat FILE)` has it."""
-    os.mkfifo(tmp_path / 'fifo')
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        writing = pool.submit((tmp_path / 'fifo').write_text, '\n\n')
-        code, out, _ = run('translate', f'--weights={dates}', tmp_path / 'fifo')
-        writing.result(timeout=10)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, 'wb') as file:
+        file.write(b'\n\n')
+    with os.fdopen(reader):
+        code, out, _ = run('translate', f'--weights={dates}', f'/dev/fd/{reader}')
     assert (code, out) == (0, '\n\n')
 
 
