@@ -67,6 +67,28 @@ def test_forward_pass_on_a_rectangular_grid_equals_the_loops(pool, eps, variant)
     reference.assert_close(out, expected, 5e-5)
 
 
+class RowNumbers(nn.Module):
+    """Adds the number of its row to the first feature of each patch, scaled."""
+
+    @nn.compact
+    def __call__(self, x, grid):
+        scale = self.param('scale', nn.initializers.ones, ())
+        rows = jnp.repeat(jnp.arange(grid[0]), grid[1])
+        return x.at[:, -len(rows) :, 0].add(scale * rows)
+
+
+def test_positions_may_be_a_module_of_a_fork():
+    """As learned positions that hold the same."""
+    (image,) = reference.random_arrays(0, IMAGE)
+    model = make_model(posemb=RowNumbers)
+    params = reference.random_params(model, image)
+    learned = {'grid': np.zeros((*GRID, D)), 'prefix': np.zeros((1, D))}
+    for row, col in np.ndindex(GRID):
+        learned['grid'][row, col, 0] = row * float(params['posemb']['scale'])
+    expected = loops({**reference.float64(params), 'posemb': learned}, image)
+    reference.assert_close(reference.apply(model, params, image), expected, 5e-5)
+
+
 @pytest.mark.parametrize(
     'fields',
     [

@@ -37,7 +37,8 @@ class ViT(nn.Module):
       num_heads: heads of every attention.
       attention: makes the attention of a block, from `num_heads`, `dtype` and the
         other fields of `MultiHeadAttention`.
-      posemb: position embedding, see `PositionEmbedding`.
+      posemb: position embedding: a kind of `PositionEmbedding`, or what makes a module
+        from `name=` that is called as that one is.
       pool: 'cls' (a class token joins the patches), 'mean' or 'map'; registers are
         never pooled.
       distilled: whether a distillation token, with positions and a classifier of its
@@ -70,7 +71,7 @@ class ViT(nn.Module):
     mlp_dim: int = 3072
     num_heads: int = 12
     attention: Callable[..., nn.Module] = MultiHeadAttention
-    posemb: str = 'learned'
+    posemb: str | Callable[..., nn.Module] = 'learned'
     pool: str = 'cls'
     distilled: bool = False
     num_registers: int = 0
@@ -131,7 +132,10 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width)
         if self.pool == 'cls':
             x = ClassToken(self.token_init, self.distilled, name='class_token')(x)
-        x = PositionEmbedding(self.posemb, name='posemb')(x, grid)
+        posemb = self.posemb
+        if isinstance(posemb, str):
+            posemb = partial(PositionEmbedding, posemb)
+        x = posemb(name='posemb')(x, grid)
         if self.num_registers:
             before = self.num_prefix_tokens - self.num_registers
             x = Registers(self.num_registers, name='registers')(x, before)
