@@ -182,6 +182,22 @@ def test_experiments_that_are_none(tmp_path, text, message):
     assert '\n' not in str(told.value)
 
 
+def test_a_sweep_imports_what_lies_beside_it(tmp_path):
+    """In two folders of one name."""
+    for text in ('one', 'other'):
+        folder = tmp_path / text / 'x'
+        folder.mkdir(parents=True)
+        (folder / 'beside.py').write_text(f'NAME = {text!r}')
+        (folder / 'sweep.py').write_text(
+            'from vit_jax.experiment import Cell, Experiment\n'
+            'from . import beside\n'
+            'CELLS = [Cell(beside.NAME, None, {})]\n'
+            'EXPERIMENT = Experiment(lambda: CELLS, lambda lines: "")'
+        )
+        (cell,) = load_experiment(folder).cells()
+        assert cell.name == text
+
+
 def folders():
     return sorted(file.parent for file in (ROOT / 'experiments').glob('*/sweep.py'))
 

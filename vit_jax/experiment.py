@@ -257,17 +257,23 @@ class Experiment:
 
 
 def load_experiment(folder: pathlib.Path) -> Experiment:
-    """The experiment of a folder.
+    """The experiment of a folder, whose `sweep.py` may import what lies beside it.
+
+    `from . import x` is such an import, wherever the folder is.
 
     Raises:
       UserError: for a folder without a `sweep.py`, or one that does not run.
     """
-    file = folder / 'sweep.py'
-    spec = importlib.util.spec_from_file_location(f'experiment_{folder.name}', file)
+    file, name = folder / 'sweep.py', f'experiment_{folder.name}'
+    spec = importlib.util.spec_from_file_location(
+        name, file, submodule_search_locations=[str(folder)]
+    )
     if not file.is_file() or spec is None or spec.loader is None:
         raise UserError(f'{folder} is no experiment: it has no sweep.py')
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their module
+    for other in [known for known in sys.modules if known.startswith(f'{name}.')]:
+        del sys.modules[other]  # beside another folder of that name
+    sys.modules[name] = module  # where dataclasses look for their module
     try:
         spec.loader.exec_module(module)
         experiment = module.EXPERIMENT
