@@ -250,6 +250,8 @@ def test_a_config_survives_json():
     }
     config.dataset.image_size = (24, 40)
     config.num_epochs = 2.5
+    with config.unlocked():
+        config.mine = ConfigDict({'power': 1.5, 'sizes': (3, 5)})
     back = from_dict(json.loads(json.dumps(config.to_dict())))
     assert back.to_dict() == config.to_dict()
     assert back.is_locked

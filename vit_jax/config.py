@@ -376,6 +376,9 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     config = default_config(values['task'])
     with config.unlocked():
         config.model.kwargs = _tuples(values['model']['kwargs'])
+        if '.' in values['task']:  # a fork's may have sections of its own
+            for key in values.keys() - config.keys():
+                config[key] = ConfigDict(_tuples(values[key]))
     for key, value in flatten(values):
         if not key.startswith('model.kwargs'):
             config.update_from_flattened_dict({key: _tuples(value)})

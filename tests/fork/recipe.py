@@ -1,5 +1,7 @@
 """A recipe of the fork: its own dataset; what else it adds by variant."""
 
+from ml_collections import ConfigDict
+
 from vit_jax.config import choose_variant, default_config
 
 
@@ -26,6 +28,8 @@ def get_config(variant=None):
         config.model.kwargs.attention = 'my_fork.layers:LinearAttention'
     if variant == 'task':
         config.task = 'my_fork.tasks'
+        with config.unlocked():
+            config.error = ConfigDict({'power': 2.0})
     config.batch_size = 8
     config.num_steps = 60
     config.optim.learning_rate = 1e-2
