@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 from test_experiment import ROOT
 from test_experiments import load_script
 
-from vit_jax.experiment import build_cell, load_experiment, run_cell
+from vit_jax.experiment import build_cell, cell_folder, load_experiment, run_cell
+from vit_jax.main import main
 
 data = importlib.import_module('experiments.modalities.data')
 parts = importlib.import_module('experiments.parts.data')
@@ -191,7 +192,7 @@ def test_one_recipe_serves_all(sweep):
 
 
 @pytest.mark.parametrize('name', ['text/none', 'video/positions'])
-def test_a_cell_runs(name, folder, tmp_path):
+def test_a_cell_runs(name, folder, tmp_path, capsys):
     """Three steps, through the loop of every run; all that is held out counts."""
     experiment = load_experiment(ROOT / 'experiments' / 'modalities')
     cell = experiment.cells(name)[0]
@@ -201,6 +202,10 @@ def test_a_cell_runs(name, folder, tmp_path):
     assert (line['steps'], line['examples']) == (3, count)
     if name.endswith('none'):  # twins are answered alike, up to rounding
         assert line['accuracy'] == pytest.approx(0.5, abs=0.01)
+    workdir = cell_folder(cell, tmp_path)
+    assert main(['report', str(workdir), f'--out={tmp_path / "report"}']) == 0
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith('no attention shown: ViT is given something other than images')
 
 
 # --- The table ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from vit_jax.models import check_takes_images
+from vit_jax.models import check_takes_images, generates
 from vit_jax.typing import Inputs, Shape
 
 if TYPE_CHECKING:  # a model alone needs no data
@@ -71,13 +71,12 @@ def summarize(model: nn.Module, inputs: Shape | Inputs) -> dict[str, Cost]:
         if name != 'params'
     }
 
-    makes_images = hasattr(model, 'generate')
-    latent = jnp.zeros((1, model.latent_dim)) if makes_images else None
+    latent = jnp.zeros((1, model.latent_dim)) if generates(model) else None
 
     def forward(params, *arrays):
         apply = partial(model.apply, {'params': params, **others}, train=False)
         outputs = apply(*arrays)
-        if makes_images:  # by a net that the call leaves out
+        if latent is not None:  # by a net that the call leaves out
             outputs = outputs, apply(latent, method='generate')
         return outputs
 
@@ -118,7 +117,7 @@ def count(model: nn.Module, inputs: Shape | Inputs) -> tuple[int, int]:
     >>> count(build_model('DeiT-Ti/16', 1000), (224, 224, 3))
     (5717416, 1253683200)
     """
-    if hasattr(model, 'generate'):
+    if generates(model):
         cost = total(summarize(model, inputs))
         return cost.params, cost.macs
     # One trace tells both, since initializers have no products.

@@ -74,6 +74,15 @@ def test_a_long_line_is_cut_and_told(run, dates, stdin, monkeypatch, caplog):
     assert message.startswith('line 3 has 5001 tokens; what follows the first 39 is')
 
 
+def test_lines_before_one_that_is_not_utf8_are_not_lost(run, dates, stdin, monkeypatch):
+    monkeypatch.setattr(translate, 'CHUNK', 3)
+    stdin(b'3 May 1998\n\n' * 2 + b'\xff\n4 May 1998\n')
+    code, out, err = run('translate', f'--weights={dates}')
+    assert code == 1
+    assert out.count('\n') == 4
+    assert 'stdin:5 is not UTF-8' in err
+
+
 def test_what_is_no_regular_file_is_read_too(run, dates):
     """As `vit_jax translate <(zcat FILE)` has it."""
     reader, writer = os.pipe()
@@ -106,8 +115,8 @@ def test_a_closed_stdin_is_told(fails, monkeypatch):
 
 def test_mistakes(fails, dates, digits, tmp_path, stdin):
     weights = f'--weights={dates}'
-    stdin('gut\ngrün\n'.encode('latin-1'))
-    assert fails('translate', weights).startswith('stdin:2 is not UTF-8')
+    stdin('grün\n'.encode('latin-1'))
+    assert fails('translate', weights).startswith('stdin:1 is not UTF-8')
     (tmp_path / 'text').write_text('a\n')
     line = fails('translate', f'--weights={digits}', tmp_path / 'text')
     assert line.startswith(f'{digits} does not say that it is of a model of sentences')
@@ -116,6 +125,13 @@ def test_mistakes(fails, dates, digits, tmp_path, stdin):
     assert fails('translate', weights, '--bean=3').endswith('did you mean --beam?')
     line = fails('translate', weights, '--length_penalty=1')
     assert line == '--length_penalty is of beam search; give --beam too'
+
+
+@pytest.mark.parametrize('penalty', ['11', '-1', 'nan', 'x'])
+def test_a_length_penalty_that_is_none(run, penalty):
+    code, _, err = run('translate', '--weights=x', f'--length_penalty={penalty}')
+    assert code == 2
+    assert f"--length_penalty: a number from 0 to 10, not '{penalty}'" in err
 
 
 def test_weights_without_their_tokenizer(fails, dates, tmp_path):

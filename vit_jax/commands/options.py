@@ -90,10 +90,9 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 def positive(text: str) -> int:
     """The type of an option that is a whole number above 0."""
-    number = int(text)
-    if number <= 0:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'a whole number above 0, not {text!r}')
+    return int(text)
 
 
 def keys(overrides: Sequence[str]) -> list[str]:

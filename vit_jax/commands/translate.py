@@ -2,11 +2,10 @@
 
 import argparse
 import contextlib
-import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from vit_jax.commands import options, trained_text
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         '--length_penalty',
-        type=not_negative,
+        type=_penalty,
         metavar='A',
         help="of beam search; the larger, the longer (the run's)",
     )
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     count, start = 0, time.perf_counter()
     with _open(args.file) as file:
         lines = read_lines(file, 'stdin' if args.file == '-' else args.file)
-        while chunk := list(itertools.islice(lines, CHUNK)):
+        for chunk in cut(lines):
             for line in translate(chunk, count + 1):
                 print(line)
             sys.stdout.flush()
@@ -116,8 +115,28 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[str]:
             ) from error
 
 
-def not_negative(text: str) -> float:
-    number = float(text)
-    if not 0.0 <= number < float('inf'):
-        raise ValueError
+def cut(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Chunks of lines; those before one that cannot be read come before its error."""
+    chunk: list[str] = []
+    try:
+        for line in lines:
+            chunk.append(line)
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
+    except UserError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+def _penalty(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number <= 10.0:
+        raise argparse.ArgumentTypeError(f'a number from 0 to 10, not {text!r}')
     return number

@@ -91,9 +91,14 @@ def check_classifies(model: nn.Module) -> None:
         )
 
 
+def generates(model: nn.Module) -> bool:
+    """Whether the model is called as `SAGAN` is, to make images."""
+    return hasattr(model, 'generate') and hasattr(model, 'latent_dim')
+
+
 def check_generates(model: nn.Module) -> None:
     """Raises UserError for a model that is not called as `SAGAN` is."""
-    if not (hasattr(model, 'generate') and hasattr(model, 'latent_dim')):
+    if not generates(model):
         raise UserError(
             f'a {type(model).__name__} does not generate images; choose a model such '
             'as SAGAN'

@@ -12,6 +12,7 @@ import numpy as np
 from vit_jax.build import Run, build
 from vit_jax.config import from_dict
 from vit_jax.data.tokenizer import BOS, PAD
+from vit_jax.errors import UserError
 from vit_jax.maps import AttentionMaps, LayerMaps, View, attention_maps, view
 from vit_jax.pictures import draw_non_locality, draw_sheet
 from vit_jax.pretrained import load_variables
@@ -82,6 +83,10 @@ def draw_attention(folder: RunFolder, run: Run, num_images: int) -> Part:
 def _of_images(
     place: str, run: Run, variables: Variables, batch: Batch, num_images: int
 ) -> Part:
+    if 'preprocessing' not in run.metadata:
+        raise UserError(
+            f'{type(run.model).__name__} is given something other than images'
+        )
     about, names = run.metadata['preprocessing'], run.metadata['class_names']
     mean, std = tuple(about['mean']), tuple(about['std'])
 
