@@ -32,14 +32,24 @@ def values_of(lines: Iterable[Line], name: str, *path: str) -> list[Any]:
     >>> values_of([{'cell': 'macs/ViT', 'seed': 0, 'value': 1.3}], 'macs/ViT')
     [1.3]
     """
+    return list(by_seed(lines, name, *path).values())
+
+
+def by_seed(lines: Iterable[Line], name: str, *path: str) -> dict[int, Any]:
+    """The same with the seeds, to be compared with what else these have in common.
+
+    >>> by_seed([{'cell': 'ViT', 'seed': 4, 'accuracy': 0.5}], 'ViT')
+    {4: 50.0}
+    """
     found = [line for line in lines if line['cell'] == name]
     found.sort(key=lambda line: line['seed'])
-    if not path:
-        return [
-            line['value'] if 'value' in line else 100 * line['accuracy']
-            for line in found
-        ]
-    return [functools.reduce(operator.getitem, path, line) for line in found]
+
+    def read(line: Line) -> Any:
+        if path:
+            return functools.reduce(operator.getitem, path, line)
+        return line['value'] if 'value' in line else 100 * line['accuracy']
+
+    return {line['seed']: read(line) for line in found}
 
 
 def mean_sd(values: Sequence[float], form: str = '.1f') -> str:
@@ -78,11 +88,13 @@ class Difference(NamedTuple):
         return 'contradicts' if self.high < 0 else 'inconclusive'
 
     def __str__(self) -> str:
+        return f'{self:.1f}'
+
+    def __format__(self, form: str) -> str:
+        """In so many digits, such as '.1f'."""
         seeds = '/'.join(map(str, sorted({*self.seeds})))
-        return (
-            f'{self.verdict}: {self.mean:+.1f} '
-            f'(95% interval {self.low:+.1f} to {self.high:+.1f}, {seeds} seeds)'
-        )
+        mean, low, high = (f'{x:+{form}}' for x in (self.mean, self.low, self.high))
+        return f'{self.verdict}: {mean} (95% interval {low} to {high}, {seeds} seeds)'
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference | None:
@@ -129,6 +141,30 @@ def verdict(first: Sequence[float], second: Sequence[float]) -> str:
         mean = statistics.mean(first) - statistics.mean(second)
         return f'inconclusive: {mean:+.1f} (one seed)'
     return str(found)
+
+
+def verdict_of_pairs(differences: Sequence[float], form: str = '.1f') -> str:
+    """Whether seeds support the claim that a difference is above 0.
+
+    Each is of what a seed alone tells: two layers of one run, or the same run before
+    and after, which are not independent, as `verdict` takes them to be. The interval is
+    Student's, of their mean.
+
+    >>> verdict_of_pairs([3, 4, 5])
+    'supports: +4.0 (95% interval +1.5 to +6.5, 3 seeds)'
+    >>> verdict_of_pairs([4], '.2f'), verdict_of_pairs([])
+    ('inconclusive: +4.00 (one seed)', 'not run')
+    """
+    from scipy.stats import t
+
+    count = len(differences)
+    if count == 0:
+        return NOT_RUN
+    mean = statistics.mean(differences)
+    if count == 1:
+        return f'inconclusive: {mean:+{form}} (one seed)'
+    half = float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+    return format(Difference(mean, mean - half, mean + half, (count, count)), form)
 
 
 def status(values: Sequence[float], expected: Expected) -> str:

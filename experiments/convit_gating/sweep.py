@@ -21,7 +21,7 @@ from vit_jax.experiment import (
     train_cell,
 )
 from vit_jax.maps import attention_maps
-from vit_jax.results import NOT_RUN, table, values_of
+from vit_jax.results import NOT_RUN, table, values_of, verdict_of_pairs
 
 SEEDS = (0, 1, 2)
 KEEP = {'checkpoint.every_steps': 100, 'checkpoint.keep': 1000}
@@ -50,14 +50,16 @@ def measure(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> Line:
 
 
 def render(lines: Sequence[Line]) -> str:
-    """The mean gate of each layer, over heads and seeds, on the way."""
+    """The mean gate of each layer, over heads and seeds, on the way; and the claim."""
     parts = []
     for name in ('digits', 'ConViT-S'):
         found = values_of(lines, name, 'gates')
         if not found:
             parts.append(table([name, 'gates'], [['all layers', NOT_RUN]]))
             continue
-        steps = _some(list(found[0]))
+        # A run that was stopped has a checkpoint more, where it was.
+        common = [step for step in found[0] if all(step in seed for seed in found)]
+        steps = _some(common)
         rows = []
         for layer in range(len(found[0]['0'])):
             means = [
@@ -67,12 +69,27 @@ def render(lines: Sequence[Line]) -> str:
             rows.append([f'block{layer:02d}', *(f'{mean:.3f}' for mean in means)])
         header = [f'{name}, updates', *(f'{int(step):,}' for step in steps)]
         parts.append(table(header, rows))
+        before, after = (
+            [_means(seed[step]) for seed in found] for step in (steps[0], steps[-1])
+        )
+        claims = {
+            'the first layer keeps more than the last': [x[0] - x[-1] for x in after],
+            'the last layer lets go': [x[-1] - y[-1] for x, y in zip(before, after)],
+        }
+        rows = [[claim, verdict_of_pairs(x, '.3f')] for claim, x in claims.items()]
+        parts.append(table([f'{name}, gates at the end', 'over seeds'], rows))
     return '\n'.join(parts)
 
 
+def _means(gates: list[list[float]]) -> list[float]:
+    """Of each layer, over heads."""
+    return [statistics.mean(layer) for layer in gates]
+
+
 def _some(steps: list[str]) -> list[str]:
-    """About seven of them, first and last included."""
-    return [step for i, step in enumerate(steps) if i % max(len(steps) // 6, 1) == 0]
+    """At most seven of them, evenly, first and last included."""
+    last = len(steps) - 1
+    return [steps[i] for i in sorted({round(last * k / 6) for k in range(7)})]
 
 
 def draw(lines: Sequence[Line]) -> dict[str, Figure]:

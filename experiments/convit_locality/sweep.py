@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vit_jax.experiment import Cell, Experiment, Line
-from vit_jax.results import mean_sd, table, values_of
+from vit_jax.results import by_seed, mean_sd, table, values_of, verdict_of_pairs
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 LAYERS = (1, 2, 3)  # of four that are GPSA
@@ -44,7 +44,7 @@ def sweep() -> Iterator[Cell]:
 
 
 def render(lines: Sequence[Line]) -> str:
-    """Accuracy by strength and number of layers."""
+    """Accuracy by strength and number of layers, and both parts of the claim."""
     parts = []
     for data, all_layers, strengths in (
         ('digits', LAYERS, STRENGTHS),
@@ -62,21 +62,58 @@ def render(lines: Sequence[Line]) -> str:
         ]
         header = [f'{data}: GPSA layers', *(f'strength {s:g}' for s in strengths)]
         parts.append(table(header, rows))
+        rows = [
+            [
+                f'{all_layers[-1]} layers above {all_layers[0]}, mean over strengths',
+                _compare(
+                    lines,
+                    [f'{data}/{all_layers[-1]}/{s:g}' for s in strengths],
+                    [f'{data}/{all_layers[0]}/{s:g}' for s in strengths],
+                ),
+            ],
+            [
+                f'strength {strengths[-1]:g} above {strengths[0]:g}, mean over layers',
+                _compare(
+                    lines,
+                    [f'{data}/{n}/{strengths[-1]:g}' for n in all_layers],
+                    [f'{data}/{n}/{strengths[0]:g}' for n in all_layers],
+                ),
+            ],
+        ]
+        parts.append(table([data, 'over seeds'], rows))
     return '\n'.join(parts)
 
 
+def _compare(lines: Sequence[Line], first: Sequence[str], second: Sequence[str]) -> str:
+    """Whether the first cells are above the second, by seed: each has its own part."""
+    sides = [[by_seed(lines, name) for name in names] for names in (first, second)]
+    seeds = set.intersection(*(set(cell) for side in sides for cell in side))
+    differences = []
+    for seed in sorted(seeds):
+        a, b = (statistics.mean(cell[seed] for cell in side) for side in sides)
+        differences.append(a - b)
+    return verdict_of_pairs(differences)
+
+
 def draw(lines: Sequence[Line]) -> dict[str, Figure]:
-    """Accuracy over strength, a line for each number of layers."""
-    figure = Figure(figsize=(4.5, 3), dpi=120, layout='constrained')
+    """Accuracy over strength, a line for a number of layers, a point for a seed."""
+    if not any(line['cell'].startswith('digits/') for line in lines):
+        return {}
+    figure = Figure(figsize=(4.5, 3.2), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for layers in LAYERS:
+    for i, layers in enumerate(LAYERS):
         found = {s: values_of(lines, f'digits/{layers}/{s:g}') for s in STRENGTHS}
         means = {s: statistics.mean(values) for s, values in found.items() if values}
-        axes.plot(list(means), list(means.values()), 'o-', ms=4, label=f'{layers} of 4')
+        for strength, values in found.items():
+            axes.plot([strength] * len(values), values, 'o', ms=3, color=f'C{i}')
+        label = f'{layers} of 4'
+        axes.plot(list(means), list(means.values()), color=f'C{i}', label=label)
     axes.set_xscale('log', base=2)
+    axes.set_xticks(STRENGTHS, [f'{strength:g}' for strength in STRENGTHS])
+    axes.set_title('on a tenth of the digits', size=10)
     axes.set_xlabel('locality strength')
-    axes.set_ylabel('test accuracy, %, a tenth of the digits')
+    axes.set_ylabel('test accuracy, %')
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(title='GPSA layers', fontsize=8, frameon=False)
     return {'locality.png': figure}

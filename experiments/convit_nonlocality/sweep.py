@@ -22,7 +22,7 @@ from vit_jax.experiment import (
     train_cell,
 )
 from vit_jax.maps import attention_maps
-from vit_jax.results import NOT_RUN, table, values_of
+from vit_jax.results import NOT_RUN, table, values_of, verdict_of_pairs
 
 MODELS = {'ConViT': 'configs/digits_convit.py', 'ViT': 'configs/digits_vit.py'}
 SEEDS = (0, 1, 2)
@@ -57,12 +57,16 @@ def measure(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> Line:
         distances[str(step)] = means
         if step in (0, run.num_steps):
             looks = [layer.grid_weights[0, :, *QUERY] for layer in layers]
-            maps[str(step)] = [np.round(look, 4).tolist() for look in looks]
+            # In float64, whose JSON is as short as the rounded numbers.
+            maps[str(step)] = [np.asarray(x, float).round(4).tolist() for x in looks]
     return {**line, 'non_locality': distances, 'maps': maps}
 
 
 def render(lines: Sequence[Line]) -> str:
-    """Cells that lie between a query and what it attends to, before and after."""
+    """Cells that lie between a query and what it attends to, before and after.
+
+    And the claim: do the layers come to look further, the second least?
+    """
     parts = []
     for name in (*(f'digits/{model}' for model in MODELS), 'ConViT-S', 'DeiT-S'):
         found = values_of(lines, name, 'non_locality')
@@ -70,15 +74,19 @@ def render(lines: Sequence[Line]) -> str:
             parts.append(table([name, 'non-locality'], [['all layers', NOT_RUN]]))
             continue
         first, *_, last = found[0]
+        before, after = ([seed[step] for seed in found] for step in (first, last))
         rows = []
-        for layer in range(len(found[0][first])):
-            cells = [
-                f'{statistics.mean(seed[step][layer] for seed in found):.3f}'
-                for step in (first, last)
-            ]
-            rows.append([f'block{layer:02d}', *cells])
+        for layer, ends in enumerate(zip(zip(*before), zip(*after))):
+            further = [end - start for start, end in zip(*ends)]
+            means = [f'{statistics.mean(values):.3f}' for values in ends]
+            row = [f'block{layer:02d}', *means, verdict_of_pairs(further, '.3f')]
+            rows.append(row)
+        # Of the others, the one that is nearest to it.
+        least = [min(x[0], *x[2:]) - x[1] for x in after]
+        told = verdict_of_pairs(least, '.3f')
+        rows.append(['block01 looks least far', '', '', told])
         header = [f'{name}, {len(found)} seeds', 'at the start', f'after {int(last):,}']
-        parts.append(table(header, rows))
+        parts.append(table([*header, 'further than at the start?'], rows))
     return '\n'.join(parts)
 
 
@@ -99,7 +107,8 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
         axes.set_xlabel('updates')
         axes.set_ylim(bottom=0)
         axes.spines[['top', 'right']].set_visible(False)
-        axes.legend(fontsize=7, frameon=False)
+        if found:
+            axes.legend(fontsize=7, frameon=False)
     figure.axes[0].set_ylabel('non-locality, patches')
     return {'non_locality.png': figure, 'maps.png': _draw_maps(lines)}
 
@@ -107,7 +116,8 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
 def _draw_maps(lines: Sequence[Line]) -> Figure:
     """Of ConViT's first seed: a row for each layer, before beside after."""
     maps = values_of(lines, 'digits/ConViT', 'maps')[0]
-    (before, after), titles = maps.values(), [f'{int(step):,}' for step in maps]
+    before, after = maps.values()
+    titles = [f'step {int(step):,}' for step in maps]
     depth, heads = len(before), len(before[0])
     size = (0.8 * 2 * heads + 0.8, 0.8 * depth + 0.5)
     figure = Figure(figsize=size, dpi=120, layout='constrained')

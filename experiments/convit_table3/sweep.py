@@ -88,7 +88,16 @@ def render(lines: Sequence[Line]) -> str:
             cells += [mean_sd(values), '' if row == 'a' else verdict(convit, values)]
         rows.append([row, what, *cells])
     header = ['', 'digits', '100%', 'worse than ConViT?', '10%', 'worse than ConViT?']
-    return f'{table(header, rows)}\n{published_table(sweep(), lines)}'
+    frozen = [
+        verdict(*(values_of(lines, f'digits/{row}/{fraction}') for row in 'fe'))
+        for fraction in ('100%', '10%')
+    ]
+    parts = [
+        table(header, rows),
+        table(['digits', '100%', '10%'], [['f above e?', *frozen]]),
+        published_table(sweep(), lines),
+    ]
+    return '\n'.join(parts)
 
 
 EXPERIMENT = Experiment(sweep, render)
