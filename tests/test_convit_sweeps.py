@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from vit_jax.experiment import load_experiment
+from vit_jax.experiment import build_cell, load_experiment
 from vit_jax.results import by_seed, verdict_of_pairs
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -80,6 +80,20 @@ def test_frozen_gpsa_is_compared_with_deit():
     _, full, tenth = cells_of(load('convit_table3').render(lines), 'f above e?')
     assert full == 'not run'
     assert tenth.startswith('supports: +30.0')
+
+
+def test_only_attention_differs_between_rows_d_and_e():
+    """The kernels of DeiT start as those of ConViT do."""
+    params = {}
+    for row in 'de':
+        cell = load('convit_table3').cells(f'digits/{row}/100%')[0]
+        params[row] = build_cell(cell).init().variables['params']
+    for module in ('block00', 'block03'):
+        d, e = (params[row][module]['mlp'] for row in 'de')
+        for name in sorted(set(d) & set(e)):
+            x, y = d[name]['kernel'], e[name]['kernel']
+            assert x.shape == y.shape
+            assert float(y.std()) == pytest.approx(float(x.std()), rel=0.05)
 
 
 def gates_at(first, last, more=()):

@@ -42,6 +42,8 @@ def sweep() -> Iterator[Cell]:
                     {
                         'dataset.train_fraction': fraction,
                         'num_steps': 2500,  # as many images seen
+                        # Whose kernels start as ConViT's do, and ViT's do not.
+                        **({'model.name': 'DeiT-Ti/2'} if row == 'e' else {}),
                         **ablate(row, num_local_layers=3),
                     },
                     seed,
