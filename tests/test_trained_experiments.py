@@ -34,6 +34,24 @@ def test_parts_lie_apart_and_none_is_in_its_place():
     assert np.count_nonzero(canvas) == 63
 
 
+@pytest.mark.parametrize(('name', 'tells'), [('CNN-3', False), ('CNN-7', True)])
+def test_who_sees_one_part_at_a_time_cannot_tell(name, tells, tmp_path):
+    """Wherever the whole lies, also at the border."""
+    data = importlib.import_module('experiments.parts.data')
+    cell, *_ = load('parts').cells(name)
+    run = build_cell(cell, data_dir=str(tmp_path))
+    params = run.init().variables
+    digit = np.random.default_rng(0).integers(256, size=(8, 8, 1), dtype=np.uint8)
+    images = [
+        data.arrange(digit, order, row, col)
+        for order in (data.RIGHT, data.WRONG[0])
+        for row, col in ((0, 0), (6, 3))
+    ]
+    logits = run.model.apply(params, np.stack(images) / np.float32(127.5) - 1)
+    for row in (1, 2, 3) if not tells else (2, 3):
+        assert np.allclose(logits[row], logits[0], atol=1e-5) != tells
+
+
 def test_cells_are_shuffled_as_loops_do():
     sweep = importlib.import_module('experiments.equivariance.sweep')
     rng = np.random.default_rng(0)

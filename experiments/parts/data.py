@@ -2,7 +2,8 @@
 
 Both classes hold the same parts, so that what tells them apart is the arrangement
 alone. A gap keeps strokes from going on across a cut, and the whole lies anywhere on a
-larger canvas, so that the border does not tell a part's place either.
+larger canvas. Its border still tells places apart: what touches it above is a part of
+the upper row. So models that shall not know a part's place must not see the border.
 """
 
 import dataclasses

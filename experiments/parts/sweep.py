@@ -32,7 +32,11 @@ def models() -> dict[str, tuple[str, str, dict[str, Any]]]:
     found: dict[str, tuple[str, str, dict[str, Any]]] = {}
     for depth in DEPTHS:
         side = receptive_field(depth)
-        fields = {'widths': (32,) * depth, 'strides': (1,) * depth}
+        fields = {
+            'widths': (32,) * depth,
+            'strides': (1,) * depth,
+            'padding': 'circular',  # with zeros the border tells a part's place
+        }
         found[f'CNN-{side}'] = (f'CNN that sees {side}x{side} pixels', 'cnn', fields)
     found['ViT'] = ('ViT, learned positions', 'learned', VIT)
     found['ViT-none'] = ('ViT without positions', 'no_positions', VIT)

@@ -32,6 +32,23 @@ def test_forward_pass_equals_the_loops(num_classes):
     reference.assert_close(out, x)
 
 
+def test_circular_padding_knows_no_border():
+    model = make_model(num_classes=None, strides=(1, 1), padding='circular')
+    (x,) = reference.random_arrays(0, SHAPE)
+    params = reference.random_params(model, x)
+    out = reference.apply(model, params, x)
+    reference.assert_close(
+        reference.apply(model, params, jnp.roll(x, (2, 5), (1, 2))), out
+    )
+    zeros = make_model(num_classes=None, strides=(1, 1))
+    assert not np.allclose(reference.apply(zeros, params, x), out, atol=1e-3)
+
+
+def test_another_padding_is_told():
+    with pytest.raises(UserError, match=r"unknown padding 'circle'; .* 'circular'"):
+        reference.init_shapes(make_model(padding='circle'), jnp.ones(SHAPE))
+
+
 def test_bfloat16_reaches_every_module():
     model = make_model(dtype=jnp.bfloat16)
     model_checks.check_dtype_reaches_every_module(model, SHAPE, ['', 'head'])
@@ -48,6 +65,7 @@ def test_every_field_matters():
         'widths': (8, 10),
         'strides': (1, 1),
         'kernel_size': 5,
+        'padding': 'circular',
         'num_groups': 1,
         'attention_after': (0,),
         'dtype': jnp.bfloat16,

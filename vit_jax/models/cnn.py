@@ -3,11 +3,14 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, unknown
 from vit_jax.layers.conv_attention import SAGANAttention
 from vit_jax.layers.norm import group_norm
 from vit_jax.layers.patch import check_channels
 from vit_jax.typing import Array, Dtype
+
+# What lies beyond the border: zeros, which tell where it is, or the opposite side.
+PADDINGS = ('same', 'circular')
 
 
 class CNN(nn.Module):
@@ -18,6 +21,8 @@ class CNN(nn.Module):
       widths: channels of each convolution.
       strides: stride of each convolution.
       kernel_size: side of the kernels.
+      padding: 'same', zeros around a map; 'circular', its opposite sides, so that a
+        convolution cannot tell how far the border is.
       num_groups: groups of each GroupNorm; must divide every width.
       attention_after: numbers of the convolutions, from 0, behind which stands
         `SAGANAttention`, which starts as the identity.
@@ -28,6 +33,7 @@ class CNN(nn.Module):
     widths: tuple[int, ...] = (48, 48, 88, 88, 88)
     strides: tuple[int, ...] = (1, 1, 2, 1, 1)
     kernel_size: int = 3
+    padding: str = 'same'
     num_groups: int = 8
     attention_after: tuple[int, ...] = ()
     dtype: Dtype = jnp.float32
@@ -55,6 +61,8 @@ class CNN(nn.Module):
                 f'attention_after {self.attention_after} must be among the numbers of '
                 f'convolutions, 0 to {len(self.widths) - 1}'
             )
+        if self.padding not in PADDINGS:
+            raise unknown('padding', self.padding, PADDINGS)
         if image.ndim != 4:
             raise UserError(f'CNN takes images [B, h, w, channels]; got {image.shape}')
         check_channels(self, 'conv0', image.shape[-1])
@@ -65,6 +73,7 @@ class CNN(nn.Module):
                 width,
                 kernel,
                 strides=self.strides[i],
+                padding=self.padding.upper(),
                 use_bias=False,
                 dtype=self.dtype,
                 name=f'conv{i}',
