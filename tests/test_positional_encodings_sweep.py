@@ -270,3 +270,20 @@ def test_the_published_ablation_in_small():
     assert '| 93.1 ± 0.1 (3 seeds) | supports: +43.0 (95% interval' in told
     assert '| integer | not run | not run |' in told
     assert 'from none | supports: +37.0' in told  # 40 less 3
+
+
+def test_the_published_ablation_is_of_pairs():
+    """Margins 9, 6 and 3: 6 -+ 4.303 * 3 / sqrt(3)."""
+    accuracies = {
+        'none': (0.5, 0.5, 0.5),
+        'learned1d': (0.6, 0.58, 0.56),
+        'learned2d': (0.61, 0.6, 0.59),
+        'relative': (0.6, 0.59, 0.57),
+    }
+    lines = [
+        {**cell.key, 'accuracy': accuracies[name][cell.seed]}
+        for cell in EXPERIMENT.cells('digits')
+        if (name := cell.name.removeprefix('digits/')) in accuracies
+    ]
+    told = 'from none | inconclusive: +6.0 (95% interval -1.5 to +13.5, 3 seeds)'
+    assert told in EXPERIMENT.render(lines)

@@ -55,8 +55,8 @@ def test_who_sees_one_part_at_a_time_cannot_tell(name, tells, tmp_path):
 def test_cells_are_shuffled_as_loops_do():
     sweep = importlib.import_module('experiments.equivariance.sweep')
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(3, 8, 8, 5))
-    order = rng.permutation(16)
+    x = rng.normal(size=(3, 6, 8, 5))
+    order = rng.permutation(12)
     found = np.asarray(sweep.shuffle_cells(x, order, 2))
     for i, j in enumerate(order):
         (row, col), (y, z) = divmod(i, 4), divmod(int(j), 4)
@@ -68,6 +68,25 @@ def test_cells_are_shuffled_as_loops_do():
     assert (
         sweep.reverse_sentence('none', 0) < 1e-5 < sweep.reverse_sentence('sincos1d', 0)
     )
+
+
+@pytest.mark.parametrize(
+    ('name', 'shift', 'shuffle'),
+    [
+        ('CNN', True, True),
+        ('CNN, circular padding', False, True),
+        ('ConViT', True, True),
+        ('ViT', True, True),
+        ('ViT without positions', False, False),
+    ],
+)
+def test_what_changes_by_construction(name, shift, shuffle, tmp_path):
+    sweep = importlib.import_module('experiments.equivariance.sweep')
+    cell, *_ = load('equivariance').cells(f'digits/{name}')
+    run = build_cell(cell, data_dir=str(tmp_path))
+    found = sweep.look(run, run.init().variables, seed=0)
+    assert (found['shift'] > 1e-2) == shift
+    assert (found['shuffle'] > 1e-2) == shuffle
 
 
 @pytest.mark.parametrize(('row', 'frozen'), [('b', 12), ('f', None), ('a', 0)])

@@ -126,21 +126,25 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference | 
     return Difference(mean, mean - half, mean + half, (len(first), len(second)))
 
 
-def verdict(first: Sequence[float], second: Sequence[float]) -> str:
+def verdict(first: Sequence[float], second: Sequence[float], form: str = '.1f') -> str:
     """Whether seeds support the claim that the first is larger than the second.
+
+    Differences of pairs are compared with as many zeros.
 
     >>> verdict([91, 90, 92], [])
     'not run'
     >>> verdict([91], [80])
     'inconclusive: +11.0 (one seed)'
+    >>> verdict([0.31, 0.32, 0.33], [0.0, 0.0, 0.0], form='.2f')
+    'supports: +0.32 (95% interval +0.30 to +0.34, 3 seeds)'
     """
     if not (first and second):
         return NOT_RUN
     found = difference(first, second)
     if found is None:
         mean = statistics.mean(first) - statistics.mean(second)
-        return f'inconclusive: {mean:+.1f} (one seed)'
-    return str(found)
+        return f'inconclusive: {mean:+{form}} (one seed)'
+    return format(found, form)
 
 
 def verdict_of_pairs(differences: Sequence[float], form: str = '.1f') -> str:

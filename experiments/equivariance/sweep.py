@@ -5,6 +5,7 @@ vit_jax reproduce equivariance --workdir=/tmp/runs --jobs=2
 
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,33 +24,43 @@ from vit_jax.experiment import (
     train_cell,
 )
 from vit_jax.models.vit import ViT
-from vit_jax.results import mean_sd, table, values_of
+from vit_jax.results import mean_sd, table, values_of, verdict
 from vit_jax.typing import Array, Variables
 
-MODELS = {
-    'CNN': 'configs/digits_road.py:cnn',
-    'ConViT': 'configs/digits_road.py:convit',
-    'ViT': 'configs/digits_road.py:learned',
-    'ViT without positions': 'configs/digits_road.py:no_positions',
+# Name -> a step of the road, fields of the model.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    'CNN': ('cnn', {}),
+    'CNN, circular padding': ('cnn', {'padding': 'circular'}),
+    'ConViT': ('convit', {}),
+    'ViT': ('learned', {}),
+    'ViT without positions': ('no_positions', {}),
 }
 SEEDS = (0, 1, 2)
 IMAGES = 64
-GRID = 4  # cells a side of the last features, of 2 x 2 pixels each
-CELL = 2
+CELL = 2  # pixels a side of a cell of the last features
 SENTENCE = ['Deepak', 'is', 'the', 'son', 'of', 'Pradeep']
-WHAT = {
-    'shift': 'features under a shift by a cell',
-    'agree': 'classes that stay under that shift, %',
-    'shuffle': 'features under a shuffle of the cells',
-}
+POSITIONS = ('none', 'sincos1d', 'learned')
+# Of the first more than of the second, after training.
+CLAIMS = (
+    ('shift', 'ViT', 'CNN'),
+    ('shift', 'CNN', 'CNN, circular padding'),
+    ('shift', 'ViT', 'ConViT'),
+    ('shuffle', 'ViT', 'ViT without positions'),
+    ('shuffle', 'CNN', 'ViT without positions'),
+)
 
 
 def sweep() -> Iterator[Cell]:
     """Every cell."""
     for seed in SEEDS:
-        for name, config in MODELS.items():
-            yield Cell(f'digits/{name}', config, {}, seed)
-        for posemb in ('none', 'sincos1d', 'learned'):
+        for name, (step, fields) in MODELS.items():
+            overrides: dict[str, Any] = {
+                'dataset.name': 'experiments.equivariance.data:make',
+                **{f'model.kwargs.{key}': value for key, value in fields.items()},
+            }
+            config = f'configs/digits_road.py:{step}'
+            yield Cell(f'digits/{name}', config, overrides, seed)
+        for posemb in POSITIONS:
             yield Cell(f'sentence/{posemb}', None, {'posemb': posemb}, seed)
 
 
@@ -75,21 +86,19 @@ def look(run: Run, variables: Variables, seed: int) -> dict[str, float]:
       seed: of the shuffle.
 
     Returns:
-      'shift': |F(shifted x) - shifted F(x)|, over the cells that both have, in units of
-        the spread of F over cells and images; 'agree': images, in per cent, whose
-        class stays; 'shuffle': as 'shift'.
+      'shift': |F(shifted x) - shifted F(x)| in units of the spread of F over cells and
+        images; 'agree': images, in per cent, whose class stays; 'shuffle': as 'shift'.
     """
     images = first_images(run, IMAGES)
     features_of = jax.jit(lambda x: last_features(run.model, variables, x))
     classes_of = jax.jit(lambda x: run.model.apply(variables, x).argmax(-1))
     features = features_of(images)
 
-    # What comes in from the left is background.
-    moved = jnp.roll(images, CELL, axis=2).at[:, :, :CELL].set(images.min())
-    shift = distance(features_of(moved)[:, :, 1:], features[:, :, :-1])
+    moved = jnp.roll(images, CELL, axis=2)  # the margin comes in on the other side
+    shift = distance(features_of(moved), jnp.roll(features, 1, axis=2))
     agree = jnp.mean(classes_of(moved) == classes_of(images))
 
-    order = np.random.default_rng(seed).permutation(GRID**2)
+    order = np.random.default_rng(seed).permutation(features[0, ..., 0].size)
     shuffle = distance(
         features_of(shuffle_cells(images, order, CELL)),
         shuffle_cells(features, order, 1),
@@ -98,7 +107,7 @@ def look(run: Run, variables: Variables, seed: int) -> dict[str, float]:
 
 
 def last_features(model: nn.Module, variables: Variables, images: Array) -> Array:
-    """The features of each cell before they are pooled: `[B, 4, 4, D]`."""
+    """The features of each cell before they are pooled: `[B, rows, columns, D]`."""
     names = 'norm4', 'block03'
     _, state = model.apply(
         variables,
@@ -111,17 +120,21 @@ def last_features(model: nn.Module, variables: Variables, images: Array) -> Arra
     )
     (features,) = found['__call__']
     if features.ndim == 3:  # tokens, which a class token may come before
-        features = features[:, -(GRID**2) :]
-        return features.reshape(len(features), GRID, GRID, -1)
+        batch, rows, columns = (
+            n // side for n, side in zip(images.shape, (1, CELL, CELL))
+        )
+        features = features[:, -rows * columns :]
+        return features.reshape(batch, rows, columns, -1)
     return nn.relu(features)
 
 
 def shuffle_cells(x: Array, order: np.ndarray, side: int) -> Array:
-    """Puts cell `order[i]` of `[B, 4 * side, 4 * side, C]` in place i."""
-    batch, *_, channels = x.shape
-    cells = x.reshape(batch, GRID, side, GRID, side, channels)
-    cells = cells.transpose(0, 1, 3, 2, 4, 5).reshape(batch, GRID**2, -1)[:, order]
-    cells = cells.reshape(batch, GRID, GRID, side, side, channels)
+    """Puts cell `order[i]` of `[B, side * rows, side * columns, C]` in place i."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // side, width // side
+    cells = x.reshape(batch, rows, side, columns, side, channels)
+    cells = cells.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+    cells = cells[:, order].reshape(batch, rows, columns, side, side, channels)
     return cells.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
 
@@ -154,24 +167,37 @@ def reverse_sentence(posemb: str, seed: int) -> float:
 
 
 def render(lines: Sequence[Line]) -> str:
-    """What changes, before training and after; and the sentence."""
+    """What changes, before training and after; what the article says; the sentence."""
+
+    def read(name: str, when: str, key: str) -> list[float]:
+        return values_of(lines, f'digits/{name}', when, key)
+
     rows = []
     for name in MODELS:
-        cells = []
-        for key in WHAT:
-            for when in ('before', 'after'):
-                values = values_of(lines, f'digits/{name}', when, key)
-                cells.append(mean_sd(values, '.0f' if key == 'agree' else '.2f'))
-        rows.append([name, *cells])
-    header = ['model']
-    for what in WHAT.values():
-        header += [f'{what}: before', 'after']
+        changes = [
+            mean_sd(read(name, when, key), '.2g')
+            for key in ('shift', 'shuffle')
+            for when in ('before', 'after')
+        ]
+        # Before training a model says the same of all.
+        rows.append([name, *changes, mean_sd(read(name, 'after', 'agree'), '.0f')])
+    header = ['model', 'features under a shift by a cell: before', 'after']
+    header += ['features under a shuffle of the cells: before', 'after']
+    header += ['classes that stay under that shift, after, %']
+    claims = [
+        [
+            f'{key}: {more} changes more than {less}',
+            verdict(*(read(name, 'after', key) for name in (more, less)), '.2f'),
+        ]
+        for key, more, less in CLAIMS
+    ]
     sentence = [
         [posemb, mean_sd(values_of(lines, f'sentence/{posemb}', 'change'), '.1e')]
-        for posemb in ('none', 'sincos1d', 'learned')
+        for posemb in POSITIONS
     ]
     told = table(['positions', f'"{" ".join(SENTENCE)}" and its reverse'], sentence)
-    return f'{table(header, rows)}\n{told}'
+    claim = table(['claim, after training', 'verdict'], claims)
+    return f'{table(header, rows)}\n{claim}\n{told}'
 
 
 def draw(lines: Sequence[Line]) -> dict[str, Figure]:
@@ -185,7 +211,7 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
                 label = f'{when} training' if i == 0 else None
                 style = {'color': f'C{i}', 'mfc': 'none' if when == 'before' else None}
                 axes.plot([i] * len(values), values, marker, label=label, **style)
-        axes.set_xticks(range(len(MODELS)), MODELS, size=7, rotation=20)
+        axes.set_xticks(range(len(MODELS)), MODELS, size=7, rotation=20, ha='right')
         axes.set_title(f'change of features by a {key}', size=9)
         axes.set_ylim(bottom=0)
         axes.spines[['top', 'right']].set_visible(False)

@@ -252,7 +252,10 @@ def render(lines: Sequence[Line]) -> str:
             cells += [mean_sd(of_row('right', key)) for key in ('seen', 'near', 'far')]
             rows.append([where, title, *cells])
     claims = [
-        [claim, *(verdict(read(norm, *one), read(norm, *other)) for norm in NORMS)]
+        [
+            claim,
+            *(verdict(read(norm, *one), read(norm, *other), '.2f') for norm in NORMS),
+        ]
         for claim, (one, other) in CLAIMS.items()
     ]
     (shortest, longest), last, chance = TRAINED, max(LENGTHS), 100 / SYMBOLS

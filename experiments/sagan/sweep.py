@@ -194,7 +194,7 @@ def render(lines: Sequence[Line]) -> str:
             params = f'{same[0]["params"]:,}' if same else ''
             minutes = f'{max(x["seconds"] for x in same) / 60:.0f}' if same else ''
             rows.append([name, params, *distances, minutes])
-        claims.append([dataset, verdict(found['plain'], found['attention'])])
+        claims.append([dataset, verdict(found['plain'], found['attention'], '.2f')])
     header = ['cell', 'parameters', 'Fréchet distance', 'of few', 'floor', 'minutes']
     return f"""Of the averaged generator, in the features of this project's own CNN:
 
