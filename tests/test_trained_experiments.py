@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from vit_jax.config import load_config, override
+from vit_jax.data.datasets import load_dataset
+from vit_jax.data.transforms import decode_image
 from vit_jax.experiment import build_cell, load_experiment
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -50,6 +52,18 @@ def test_who_sees_one_part_at_a_time_cannot_tell(name, tells, tmp_path):
     logits = run.model.apply(params, np.stack(images) / np.float32(127.5) - 1)
     for row in (1, 2, 3) if not tells else (2, 3):
         assert np.allclose(logits[row], logits[0], atol=1e-5) != tells
+
+
+def test_digits_are_framed(tmp_path):
+    data = importlib.import_module('experiments.equivariance.data')
+    dataset = data.make(str(tmp_path))
+    example = dataset.open('test')[5]
+    digit = load_dataset('digits', str(tmp_path)).open('test')[5]
+    pixels = decode_image(digit['image'], 1, '')
+    assert example['image'].shape == dataset.image_shape == (16, 16, 1)
+    np.testing.assert_array_equal(example['image'][4:12, 4:12], pixels)
+    assert example['image'].sum() == pixels.sum()
+    assert example['label'] == digit['label']
 
 
 def test_cells_are_shuffled_as_loops_do():

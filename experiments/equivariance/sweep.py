@@ -187,7 +187,7 @@ def render(lines: Sequence[Line]) -> str:
     claims = [
         [
             f'{key}: {more} changes more than {less}',
-            verdict(*(read(name, 'after', key) for name in (more, less)), '.2f'),
+            verdict(read(more, 'after', key), read(less, 'after', key), '.2f'),
         ]
         for key, more, less in CLAIMS
     ]
