@@ -215,7 +215,8 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
         axes.set_title(f'change of features by a {key}', size=9)
         axes.set_ylim(bottom=0)
         axes.spines[['top', 'right']].set_visible(False)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    # Where a shift is free of change, markers lie at the bottom of the other panel.
+    figure.axes[1].legend(fontsize=7, frameon=False, loc='lower left')
     return {'equivariance.png': figure}
 
 
