@@ -68,7 +68,12 @@ def render(lines: Sequence[Line]) -> str:
             f'{one} above {other}',
             verdict(values_of(lines, one), values_of(lines, other)),
         ]
-        for one, other in ((last, first), ('ViT', 'ViT-none'), ('ViT', first))
+        for one, other in (
+            (last, first),
+            ('CNN-11', 'CNN-7'),  # 11x11 pixels hold the whole
+            ('ViT', 'ViT-none'),
+            ('ViT', first),
+        )
     ]
     accuracies = table(['model', 'parameters', 'accuracy'], rows)
     return f'{accuracies}\n{table(["claim", "verdict"], claims)}'
