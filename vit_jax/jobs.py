@@ -5,8 +5,9 @@ import pathlib
 import queue
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import NamedTuple
 
 from vit_jax.errors import UserError
@@ -61,11 +62,13 @@ def shares(num_jobs: int, cpus: Sequence[int], gpus: Sequence[str] = ()) -> list
     return dealt
 
 
-def run_jobs(jobs: Sequence[Job], dealt: Sequence[Share]) -> Iterator[tuple[int, int]]:
+def run_jobs(
+    jobs: Sequence[Job], dealt: Sequence[Share]
+) -> Generator[tuple[int, int], None, None]:
     """Runs as many jobs at a time as there are shares.
 
     A signal to end, or the caller's not going on, ends those that run by SIGTERM, and
-    waits for them.
+    waits for them; KeyboardInterrupt while it waits kills them.
 
     Yields:
       The number of a job, and its exit code, as they end.
@@ -75,6 +78,24 @@ def run_jobs(jobs: Sequence[Job], dealt: Sequence[Share]) -> Iterator[tuple[int,
         free.put(share)
     running: set[subprocess.Popen] = set()
     ending = False
+    lock = threading.Lock()  # of the two: no process starts when others were told
+
+    def start(job: Job, share: Share) -> subprocess.Popen | None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open('a') as log, lock:
+            if ending:
+                return None
+            process = subprocess.Popen(
+                job.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **share.environ},
+                # Ctrl-C reaches us alone: a second signal would end them unsaved.
+                start_new_session=True,
+            )
+            running.add(process)
+        return process
 
     def run(job: Job) -> int:
         share = free.get()
@@ -82,22 +103,13 @@ def run_jobs(jobs: Sequence[Job], dealt: Sequence[Share]) -> Iterator[tuple[int,
             if hasattr(os, 'sched_setaffinity'):  # not everywhere
                 # Of this thread alone, and of the process that it starts.
                 os.sched_setaffinity(0, share.cpus)
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            with job.log.open('a') as log:
-                if ending:
-                    return -signal.SIGTERM
-                process = subprocess.Popen(
-                    job.command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, **share.environ},
-                )
-                running.add(process)
-                try:
-                    return process.wait()
-                finally:
-                    running.discard(process)
+            process = start(job, share)
+            if process is None:
+                return -signal.SIGTERM
+            code = process.wait()
+            with lock:
+                running.remove(process)
+            return code
         finally:
             free.put(share)
 
@@ -107,8 +119,16 @@ def run_jobs(jobs: Sequence[Job], dealt: Sequence[Share]) -> Iterator[tuple[int,
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
-            ending = True
             for future in futures:
                 future.cancel()
-            for process in [*running]:
-                process.terminate()
+            with lock:
+                ending = True
+                for process in running:
+                    process.terminate()
+            try:
+                wait(futures)
+            except KeyboardInterrupt:
+                with lock:
+                    for process in running:
+                        process.kill()
+                raise

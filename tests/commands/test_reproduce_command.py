@@ -158,8 +158,9 @@ def test_a_cell_that_fails_alone(run, words):
     assert re.search(r'error: .*RESOURCE_EXHAUSTED.* \(see .*/1/log\.txt\)$', last)
 
 
-def test_cells_side_by_side(run, folder, words):
+def test_cells_side_by_side(run, folder, words, monkeypatch):
     """Each has a core of its own, and a failure is told as if it were the only one."""
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip('one core')
     before = os.sched_getaffinity(0)

@@ -8,7 +8,9 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any
 
 from vit_jax.commands import options
 from vit_jax.errors import Stopped, UserError, reason, unknown
@@ -132,14 +134,16 @@ def _run(
     print(f'{len(left)} of {len(cells)} cells are to run', file=sys.stderr)
     failures = []
     run = _run_one_by_one if args.jobs == 1 else _run_side_by_side
-    for cell, error in run(args, experiment, left):
-        told = f'{experiment.name}/{cell.name}, seed {cell.seed}: {error or "done"}'
-        if error:
-            failures.append(error)
-        if len(left) > 1 or not error:  # one error is told below
-            print(told, file=sys.stderr)
-        update_results(experiment, results, workdir, draw=False)
-    print(update_results(experiment, results, workdir), end='')
+    with closing(run(args, experiment, left)) as ran:
+        for cell, error in ran:
+            told = f'{experiment.name}/{cell.name}, seed {cell.seed}: {error or "done"}'
+            if error:
+                failures.append(error)
+            if len(left) > 1 or not error:  # one error is told below
+                print(told, file=sys.stderr)
+            update_results(experiment, results, workdir, draw=False)
+    # Above what was wrong, in a file too: `_run_side_by_side` reads the last line.
+    print(update_results(experiment, results, workdir), end='', flush=True)
     print(f'{results} holds results.jsonl and table.md', file=sys.stderr)
     if failures:
         several = f'{len(failures)} of {len(left)} cells did not run, as told above'
@@ -147,7 +151,7 @@ def _run(
     return 0
 
 
-Ran = Iterator[tuple[Cell, str | None]]  # and what was wrong
+Ran = Generator[tuple[Cell, str | None], None, None]  # and what was wrong
 
 
 def _run_one_by_one(
@@ -183,19 +187,31 @@ def _run_side_by_side(
         jobs.append(Job([*command, f'--seed={cell.seed}', *common], log))
     dealt = shares(args.jobs, available_cpus(), count_gpus(os.environ))
     # As by Ctrl-C: those that run are asked to end, and save.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
-        for number, code in run_jobs(jobs, dealt):
-            cell, log = cells[number], jobs[number].log
-            error = None
-            if code or not read_result(cell, args.workdir / experiment.name):
-                *_, last = log.read_text().splitlines() or ['']
-                last = last.removeprefix('vit_jax: error: ')
-                last = last.removesuffix(f' (see {log})')
-                error = f'{last} ({how_it_ended(code)}; see {log})'
-            yield cell, error
+        with closing(run_jobs(jobs, dealt)) as ended:
+            for number, code in ended:
+                cell, log = cells[number], jobs[number].log
+                error = None
+                if code or not read_result(cell, args.workdir / experiment.name):
+                    *_, last = log.read_text(errors='replace').splitlines() or ['']
+                    last = last.removeprefix('vit_jax: error: ')
+                    last = last.removesuffix(f' (see {log})')
+                    how = f'{how_it_ended(code)}; ' if code else ''  # asked to stop
+                    error = f'{last} ({how}see {log})'
+                yield cell, error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    if number == signal.SIGHUP:  # a terminal that is closed says so twice
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _log(args: argparse.Namespace, experiment: Experiment, cell: Cell) -> pathlib.Path:
