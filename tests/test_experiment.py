@@ -17,7 +17,7 @@ from vit_jax.experiment import (
     train_cell,
 )
 from vit_jax.reproduce import gather, update_results, write_results
-from vit_jax.results import published_table, values_of
+from vit_jax.results import published_table, status, values_of
 
 CONFIG = 'configs/digits_cnn.py:smoke'
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,11 +113,39 @@ def test_pictures_are_written(tmp_path):
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_half_a_line_is_told(tmp_path):
-    (tmp_path / 'results.jsonl').write_text('{"cell": "a"}\n{"cell": "b')
+@pytest.mark.parametrize('line', [b'{"cell": "b', b'null', b'', b'{"cell": "\xff"}'])
+def test_a_damaged_line_is_told(tmp_path, line):
+    (tmp_path / 'results.jsonl').write_bytes(b'{"cell": "a"}\n' + line + b'\n')
     experiment, _ = make_experiment(Cell('a', None, {}))
     with pytest.raises(UserError, match=r'results.jsonl:2 is no JSON.*delete the line'):
         gather(experiment, tmp_path)
+
+
+@pytest.mark.parametrize('path', [(), ('test', 'bleu'), ('seed', 'bleu')])
+def test_a_line_without_the_value_is_told(path):
+    what = '.'.join(path) or 'accuracy'
+    with pytest.raises(UserError, match=f'line of a, seed 3, has no {what}, as'):
+        values_of([{'cell': 'a', 'seed': 3}], 'a', *path)
+
+
+@pytest.mark.parametrize(
+    ('cells', 'message'),
+    [
+        ([('a', 0), ('a', 1), ('a', 1)], "2 cells of e are called 'a' and have seed 1"),
+        ([('a', 0), ('ab', 0), ('a/b/c', 1)], "'a/b/c' of e lies below cell 'a', "),
+    ],
+)
+def test_cells_that_would_take_each_others_place(cells, message):
+    sweep = [Cell(name, None, {'x': i}, seed) for i, (name, seed) in enumerate(cells)]
+    experiment, _ = make_experiment(*sweep)
+    with pytest.raises(UserError, match=message):
+        experiment.cells()
+
+
+def test_a_sweep_that_does_not_run():
+    experiment, _ = make_experiment(sweep=lambda: (1 / x for x in (1, 0)))
+    with pytest.raises(UserError, match='sweep of e does not run: ZeroDivisionError: '):
+        experiment.cells()
 
 
 def test_cells_by_name():
@@ -153,6 +181,11 @@ def test_published_values_have_a_status():
         '| ViT | 48 (table 2) | 46.0 (1 seed) | differs |',
         '| ResNet | 3 (table 2) | not run | not run |',
     ]
+
+
+@pytest.mark.parametrize(('value', 'told'), [(10.0, 'reproduced'), (10.01, 'differs')])
+def test_the_tolerance_is_within(value, told):
+    assert status([value], Expected(9.95, 'table 1', tolerance=0.05)) == told
 
 
 def test_a_published_value_is_of_what_it_names():

@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -247,13 +248,38 @@ class Experiment:
         """The cells, or those of a name.
 
         Raises:
-          UserError: when there are none.
+          UserError: when there are none, two share a folder, or `sweep` does not run.
         """
-        cells = list(self.sweep())
+        try:
+            cells = list(self.sweep())
+        except UserError:
+            raise
+        except Exception as error:
+            told = f'{type(error).__name__}: {reason(error)}'
+            raise UserError(f'the sweep of {self.name} does not run: {told}') from error
+        _check_names(self.name, cells)
         found = [cell for cell in cells if not below or cell.is_below(below)]
         if not found:
             raise unknown(f'cell of {self.name}', below, {cell.name for cell in cells})
         return found
+
+
+def _check_names(experiment: str, cells: Iterable[Cell]) -> None:
+    """Each cell has a folder of its own, and a name that is that of no other cells."""
+    for (name, seed), count in Counter((c.name, c.seed) for c in cells).items():
+        if count > 1:
+            raise UserError(
+                f'{count} cells of {experiment} are called {name!r} and have seed '
+                f'{seed}; give each a name or a seed of its own'
+            )
+    names = {cell.name for cell in cells}
+    for name in sorted(names):
+        for above in pathlib.PurePosixPath(name).parents:
+            if str(above) in names:
+                raise UserError(
+                    f'cell {name!r} of {experiment} lies below cell {str(above)!r}, '
+                    'which cannot be run by its name alone; give that one a longer name'
+                )
 
 
 def load_experiment(folder: pathlib.Path) -> Experiment:
@@ -351,16 +377,19 @@ def read_lines(file: pathlib.Path) -> list[Line]:
     """The lines of a JSONL file; none where it is not there.
 
     Raises:
-      UserError: for a line that is no JSON.
+      UserError: for a line that is no JSON object.
     """
-    text = file.read_text() if file.exists() else ''
+    content = file.read_bytes() if file.exists() else b''
     lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            found = json.loads(line)
+        except ValueError:  # no JSON, or no text
+            found = None
+        if not isinstance(found, dict):
             raise UserError(
-                f'{file}:{number} is no JSON, as after an interruption; delete the '
-                'line, and its cell runs again'
-            ) from error
+                f'{file}:{number} is no JSON object, as after an interruption; delete '
+                'the line, and its cell runs again'
+            )
+        lines.append(found)
     return lines
