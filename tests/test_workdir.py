@@ -154,8 +154,8 @@ def test_a_run_that_saved_nothing_can_be_started_anew(tmp_path):
 def test_a_damaged_config(tmp_path):
     start(tmp_path, make_config())
     text = (tmp_path / 'config.json').read_text()
-    for damaged in (text[:50], '', '[]'):
-        (tmp_path / 'config.json').write_text(damaged)
+    for damaged in (text[:50].encode(), b'', b'[]', b'"\xff"'):
+        (tmp_path / 'config.json').write_bytes(damaged)
         with pytest.raises(UserError, match=r'config\.json is damaged'):
             hold(tmp_path, make_config())
 

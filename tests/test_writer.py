@@ -35,6 +35,14 @@ def test_metrics_are_on_disk_as_soon_as_they_are_written(tmp_path):
             assert len(read_metrics(tmp_path)) == step
 
 
+@pytest.mark.parametrize('line', [b'{"step": 3', b'5', b'{"\xff": 1}'])
+def test_metrics_are_read_up_to_a_damaged_line(tmp_path, line):
+    write(tmp_path, 0, [2])
+    with (tmp_path / 'metrics.jsonl').open('ab') as file:
+        file.write(line + b'\n{"step": 4}\n')
+    assert [line['step'] for line in read_metrics(tmp_path)] == [2]
+
+
 @pytest.mark.parametrize(('start_step', 'kept'), [(0, 0), (3, 2), (4, 3), (9, 5)])
 def test_lines_past_the_restored_step_are_dropped(tmp_path, start_step, kept):
     write(tmp_path, 0, [1, 2, 4, 6, 9])

@@ -89,7 +89,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f'{file} is damaged: {error}') from error
     if not isinstance(config, dict):
         raise UserError(f'{file} is damaged: it holds no config')

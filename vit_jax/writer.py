@@ -84,12 +84,15 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 def read_whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file up to one that was cut off; none if it is not there."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except ValueError:  # no JSON, or no text
             break
+        if not isinstance(found, dict):
+            break
+        lines.append(found)
     return lines
 
 

@@ -233,6 +233,15 @@ def test_paths_that_are_neither(fails, digits, tmp_path, out):
     assert told.endswith(f'; those of run are in it: {digits.parent}/*')
     told = fails('report', digits, f'--out={digits}')
     assert told == f'{digits} is the workdir of a run; choose another --out'
+    (tmp_path / 'file').write_text('mine')
+    told = fails('report', digits, f'--out={tmp_path}/file')
+    assert told == f'cannot write to {tmp_path}/file: File exists'
     (tmp_path / 'results.jsonl').write_text('')
     told = fails('report', tmp_path, f'--experiments={tmp_path}/none')
     assert told.endswith('name the folder of experiments by --experiments')
+
+
+def test_images_that_are_no_number(run, digits):
+    code, _, err = run('report', digits, '--images=-1')
+    assert code == 2
+    assert err.endswith("--images: a whole number from 0, not '-1'\n")

@@ -262,6 +262,24 @@ def test_mistakes(run, words, argv, message):
     assert re.search(message, err.splitlines()[-1])
 
 
+@pytest.mark.parametrize('part', ['9/9', '1', '-1/9', 'a/b', '0/0'])
+def test_parts_that_are_none(run, words, part):
+    code, _, err = run('reproduce', 'wait', *words, f'--part={part}')
+    assert code == 2
+    assert err.endswith(f'--part: I/N with I below N, not {part!r}\n')
+
+
+@pytest.mark.parametrize('option', ['--workdir', '--results'])
+def test_folders_that_cannot_be_written(fails, folder, words, option):
+    """Told before a cell runs."""
+    (folder / 'file').write_text('mine')
+    where = f'{option}={folder / "file"}'
+    told = fails('reproduce', 'wait', *words, where)
+    assert told.startswith(f'cannot write to {folder / "file"}')
+    assert not [*folder.glob('runs/wait/*/0')]
+    assert (folder / 'file').read_text() == 'mine'
+
+
 def test_a_folder_without_experiments(fails, tmp_path, folder, words):
     told = fails('reproduce', 'wait', f'--experiments={tmp_path / "none"}')
     assert 'no such folder' in told

@@ -1,11 +1,12 @@
 """vit_jax report"""
 
+import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from vit_jax.commands import options
-from vit_jax.errors import UserError, some
+from vit_jax.errors import UserError, reason, some
 
 EPILOG = """\
 A PATH is the workdir of a run, which may still be training; or the folder of an
@@ -70,7 +71,10 @@ def main(argv: Sequence[str]) -> None:
     from vit_jax.report.runs import read_runs
 
     folders = read_runs(runs)
-    args.out.mkdir(parents=True, exist_ok=True)  # what is wrong with it is told now
+    try:  # what is wrong with it is told now
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot write to {args.out}: {reason(error)}') from error
     experiments = experiment_parts(results, args.experiments)
     names = [*(folder.label for folder in folders), *experiments]
     title = some(names, 5)
@@ -106,7 +110,6 @@ def _is_run(path: pathlib.Path) -> bool:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'a whole number from 0, not {text!r}')
+    return int(text)

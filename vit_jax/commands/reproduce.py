@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -129,6 +130,12 @@ def _run(
     """Runs what has not run; a cell that cannot stops no other."""
     workdir = args.workdir / experiment.name
     results = args.results or workdir
+    try:  # what is wrong with them is told now, not after the first cell
+        workdir.mkdir(parents=True, exist_ok=True)
+        update_results(experiment, results, workdir, draw=False)
+    except OSError as wrong:
+        folder = wrong.filename or results
+        raise UserError(f'cannot write to {folder}: {reason(wrong)}') from wrong
     done = gather(experiment, results, workdir)
     left = [cell for cell in cells if find_line(cell, done) is None]
     print(f'{len(left)} of {len(cells)} cells are to run', file=sys.stderr)
@@ -295,7 +302,8 @@ def _command(args: argparse.Namespace, name: str) -> str:
 
 
 def _part(text: str) -> tuple[int, int]:
-    part, of = map(int, text.split('/'))
-    if not 0 <= part < of:
-        raise ValueError
+    found = re.fullmatch(r'(\d+)/(\d+)', text)
+    part, of = map(int, found.groups()) if found else (0, 0)
+    if part >= of:
+        raise argparse.ArgumentTypeError(f'I/N with I below N, not {text!r}')
     return part, of
