@@ -96,10 +96,15 @@ def test_results_are_those_of_the_folders_then_of_the_file(tmp_path):
     (workdir / 'c1' / '0' / 'result.json').unlink()
     assert update_results(experiment, workdir, workdir) == '30 20\n'
     assert update_results(experiment, kept, workdir) == '30 10 20\n'
-    # Nor is a cell told of that is none any more.
-    fewer, _ = make_experiment(*cells[:2])
-    assert update_results(fewer, kept, tmp_path / 'none') == '30 10\n'
-    assert len((kept / 'results.jsonl').read_text().splitlines()) == 2
+    # Nor is a cell told of that is none any more; its line is kept.
+    other = Cell('c1', None, {'x': 7})
+    fewer, _ = make_experiment(cells[0], other, cells[2])
+    assert update_results(fewer, kept, tmp_path / 'none') == '30 20\n'
+    run_cell(fewer, other, tmp_path / 'more', None)
+    assert update_results(fewer, kept, tmp_path / 'more') == '30 70 20\n'
+    lines = [json.loads(line) for line in (kept / 'results.jsonl').open()]
+    assert [line['overrides']['x'] for line in lines] == [3, 7, 2, 1]
+    assert update_results(experiment, kept, tmp_path / 'none') == '30 10 20\n'
 
 
 def test_pictures_are_written(tmp_path):

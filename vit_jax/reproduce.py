@@ -42,15 +42,32 @@ def gather(
     return [line for line in lines if line]
 
 
+def of_no_cell(experiment: Experiment, results: pathlib.Path) -> list[Line]:
+    """What `results.jsonl` holds besides, as after a change of the sweep."""
+    known = read_lines(results / RESULTS)
+    found = [find_line(cell, known) for cell in experiment.cells()]
+    return [line for line in known if not any(line is other for other in found)]
+
+
 def write_results(
     experiment: Experiment,
     lines: Sequence[Line],
     folder: pathlib.Path,
     draw: bool = True,
+    others: Sequence[Line] = (),
 ) -> str:
-    """Writes `results.jsonl`, `table.md` and the pictures; returns the table."""
+    """Writes `results.jsonl`, `table.md` and the pictures; returns the table.
+
+    Args:
+      experiment: of the lines.
+      lines: of its cells.
+      folder: made if need be.
+      draw: whether to draw the pictures, which takes seconds.
+      others: lines of no cell, which stand below.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / RESULTS, ''.join(json.dumps(line) + '\n' for line in lines))
+    text = ''.join(json.dumps(line) + '\n' for line in [*lines, *others])
+    _write(folder / RESULTS, text)
     return write_tables(experiment, lines, folder, draw).table
 
 
@@ -101,8 +118,12 @@ def update_results(
     workdir: pathlib.Path,
     draw: bool = True,
 ) -> str:
-    """Gathers and writes; of several processes that do, the last one has all lines."""
+    """Gathers and writes; of several processes that do, the last one has all lines.
+
+    Lines of no cell stay: they may be all that is left of days of work.
+    """
     results.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(results / '.lock'):
         lines = gather(experiment, results, workdir)
-        return write_results(experiment, lines, results, draw)
+        others = [] if results == workdir else of_no_cell(experiment, results)
+        return write_results(experiment, lines, results, draw, others)

@@ -207,6 +207,11 @@ def test_results_are_kept_beside_the_experiment(run, folder, words):
     _, out, err = run('reproduce', 'wait', *other)
     assert err.startswith('4 of 6 cells are to run\n')
     assert out == (kept / 'table.md').read_text() == TABLE
+    sweep = kept / 'sweep.py'
+    sweep.write_text(sweep.read_text().replace("'b/1%', 'b/2%'", "'b/2%'"))
+    _, _, err = run('reproduce', 'wait', *other)
+    assert '\n2 lines of results.jsonl are of no cell of the sweep; delete' in err
+    assert len((kept / 'results.jsonl').read_text().splitlines()) == 6
 
 
 def test_what_there_is(run, folder, words):

@@ -27,13 +27,13 @@ from vit_jax.experiment import (
 )
 from vit_jax.jobs import Job, available_cpus, run_jobs, shares
 from vit_jax.processes import count_gpus, how_it_ended
-from vit_jax.reproduce import gather, update_results
+from vit_jax.reproduce import gather, of_no_cell, update_results
 from vit_jax.results import status, table, table_row, values_of
 
 EPILOG = """\
 A cell that has run does not run again, and one that was interrupted goes on: the same
-command always finishes what is left. Who deletes a cell's folder in the workdir has it
-run again.
+command always finishes what is left. Who deletes a cell's folder in the workdir, and its
+line where --results keeps one, has it run again.
 
   vit_jax reproduce --list
   vit_jax reproduce convit_table3 --list
@@ -152,6 +152,9 @@ def _run(
     # Above what was wrong, in a file too: `_run_side_by_side` reads the last line.
     print(update_results(experiment, results, workdir), end='', flush=True)
     print(f'{results} holds results.jsonl and table.md', file=sys.stderr)
+    if others := of_no_cell(experiment, results):
+        told = f'{len(others)} lines of results.jsonl are of no cell of the sweep'
+        print(f'{told}; delete them, if it is as it should be', file=sys.stderr)
     if failures:
         several = f'{len(failures)} of {len(left)} cells did not run, as told above'
         raise UserError(failures[0] if len(left) == 1 else several)

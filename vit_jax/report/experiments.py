@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.experiment import Line, load_experiment, read_lines
+from vit_jax.experiment import Experiment, Line, load_experiment
 from vit_jax.report.page import (
     NONE,
     Part,
@@ -20,7 +20,7 @@ from vit_jax.report.page import (
     table,
 )
 from vit_jax.report.runs import format_value, label_paths
-from vit_jax.reproduce import RESULTS, Tables, update_tables
+from vit_jax.reproduce import RESULTS, Tables, of_no_cell, update_tables
 
 
 def experiment_parts(
@@ -79,7 +79,7 @@ def _part(label: str, folder: pathlib.Path, home: pathlib.Path) -> Part:
         rendered,
         '\n'.join(show(files[name], f'{label}: {name}') for name in others),
         f'{facts}. By {code(f"vit_jax reproduce {experiment.name}")}.',
-        _left_out(folder, lines),
+        _left_out(experiment, folder),
         details('Every cell that has run', _cells_table(lines)) if lines else '',
         embed(text, files, level=2),
     ]
@@ -87,9 +87,8 @@ def _part(label: str, folder: pathlib.Path, home: pathlib.Path) -> Part:
     return Part(stack(*blocks), pictures)
 
 
-def _left_out(folder: pathlib.Path, lines: Sequence[Line]) -> str:
-    """What `results.jsonl` holds besides, as after a change of the sweep."""
-    count = len(read_lines(folder / RESULTS)) - len(lines)
+def _left_out(experiment: Experiment, folder: pathlib.Path) -> str:
+    count = len(of_no_cell(experiment, folder))
     text = (
         f'Lines of {RESULTS} that are of no cell of its sweep, and left out: {count}.'
     )
