@@ -208,8 +208,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def table_row(cells: Sequence[str]) -> str:
-    """A line of it."""
-    return f'| {" | ".join(cells)} |\n'
+    """A line of it; a cell may hold '|'.
+
+    >>> table_row(['p(a|b)', '0.5'])
+    '| p(a\\\\|b) | 0.5 |\\n'
+    """
+    return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |\n'
 
 
 def published_table(cells: Iterable[Cell], lines: Sequence[Line]) -> str:

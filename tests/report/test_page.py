@@ -22,10 +22,10 @@ from vit_jax.report.page import (
     listing,
     plain,
     show,
-    table,
     to_html,
     write,
 )
+from vit_jax.results import table
 
 ODD = [
     '<script>alert(1)</script>',

@@ -128,9 +128,12 @@ def _add_probes(parser: argparse.ArgumentParser) -> None:
 
 
 def _above_0(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0.0 < number < float('inf'):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f'a number above 0, not {text!r}')
     return number
 
 

@@ -32,8 +32,8 @@ from vit_jax.results import status, table, table_row, values_of
 
 EPILOG = """\
 A cell that has run does not run again, and one that was interrupted goes on: the same
-command always finishes what is left. Who deletes a cell's folder in the workdir, and its
-line where --results keeps one, has it run again.
+command always finishes what is left. Who deletes a cell's folder in the workdir, and
+its line where --results keeps one, has it run again.
 
   vit_jax reproduce --list
   vit_jax reproduce convit_table3 --list

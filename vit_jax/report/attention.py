@@ -17,8 +17,9 @@ from vit_jax.maps import AttentionMaps, LayerMaps, View, attention_maps, view
 from vit_jax.pictures import draw_non_locality, draw_sheet
 from vit_jax.pretrained import load_variables
 from vit_jax.pretrained.source import open_source
-from vit_jax.report.page import Part, details, draw, join, plain, show, table
+from vit_jax.report.page import Part, details, draw, join, plain, show
 from vit_jax.report.runs import RunFolder
+from vit_jax.results import table
 from vit_jax.sequence_maps import sequence_maps
 from vit_jax.sequence_pictures import SHEET, draw_sequence_layers
 from vit_jax.stored import latest_step

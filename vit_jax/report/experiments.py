@@ -17,10 +17,10 @@ from vit_jax.report.page import (
     plain,
     show,
     stack,
-    table,
 )
 from vit_jax.report.runs import format_value, label_paths
 from vit_jax.reproduce import RESULTS, Tables, of_no_cell, update_tables
+from vit_jax.results import table
 
 
 def experiment_parts(

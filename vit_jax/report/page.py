@@ -113,12 +113,6 @@ def listing(lines: Iterable[str]) -> str:
     return '\n'.join(f'    {" ".join(line.split())}' for line in lines)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, as `results.table`, of cells that may hold '|'."""
-    head, *body = ([x.replace('|', r'\|') for x in row] for row in (header, *rows))
-    return results.table(head, body)
-
-
 def details(summary: str, text: str) -> str:
     """What is folded away behind a line of plain text."""
     summary = html.escape(' '.join(summary.split()))

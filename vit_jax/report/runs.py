@@ -12,7 +12,8 @@ from vit_jax.checkpoint import best
 from vit_jax.config import default_config, flatten
 from vit_jax.errors import UserError
 from vit_jax.report.curves import is_rate, is_share
-from vit_jax.report.page import NONE, code, details, listing, plain, stack, table
+from vit_jax.report.page import NONE, code, details, listing, plain, stack
+from vit_jax.results import table
 from vit_jax.workdir import read_config
 from vit_jax.writer import read_metrics, read_whole_lines
 
