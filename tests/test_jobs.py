@@ -25,9 +25,10 @@ pathlib.Path(sys.argv[1], 'ready').touch()
 time.sleep(60)
 """
 PARENT = """
-import pathlib, sys
+import pathlib, signal, sys
 from vit_jax.jobs import Job, available_cpus, run_jobs, shares
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 folder, child = sys.argv[1:]
 job = Job([sys.executable, '-c', child, folder], pathlib.Path(folder, 'log'))
 try:
