@@ -68,7 +68,7 @@ def test_the_table_compares_plain_with_attention(sweep):
         '| digits/attention | 71,012 | 2.05 ± 0.07 (2 seeds) | 2.55 ± 0.07 (2 seeds) |'
     )
     assert any(line.startswith(row) for line in table)
-    assert any(line.startswith('| digits | supports: +2.0 ') for line in table)
+    assert any(line.startswith('| digits | supports: +2.00 ') for line in table)
     assert '| cifar10 | not run |' in table
     left, right = sweep.draw(lines)['digits_curves.png'].axes
     assert left.lines[0].get_xydata().tolist() == [[10, 9], [20, 2]]

@@ -176,8 +176,15 @@ def test_options_of_another_probe(fails, digits, options, message):
     assert fails('evaluate', f'--workdir={digits}', *options) == message
 
 
-@pytest.mark.parametrize('option', ['--probe=nearest', '--probe_k=0', '--l2=-1'])
-def test_impossible_options(run, digits, option):
+@pytest.mark.parametrize(
+    ('option', 'told'),
+    [
+        ('--probe=nearest', "invalid choice: 'nearest'"),
+        ('--probe_k=0', "a whole number above 0, not '0'"),
+        ('--l2=-1', "a number above 0, not '-1'"),
+    ],
+)
+def test_impossible_options(run, digits, option, told):
     code, out, err = run('evaluate', f'--workdir={digits}', option)
     assert (code, out) == (2, '')
-    assert f'argument {option.partition("=")[0]}: invalid' in err
+    assert f'argument {option.partition("=")[0]}: {told}' in err
