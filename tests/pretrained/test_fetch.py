@@ -18,12 +18,12 @@ from unittest import mock
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.pretrained import fetch as module
+from vit_jax.pretrained import download
+from vit_jax.pretrained import fetch as fetching
 from vit_jax.pretrained.fetch import cached_at, fetch, is_address, telling_cached
 
 BODY = bytes(range(1, 251)) * 3  # 750 bytes, no two chunks alike
 OTHER = BODY[::-1]
-MODULE = 'vit_jax.pretrained.fetch'
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -110,9 +110,9 @@ def server():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(f'{MODULE}._CHUNK', 16)
-    monkeypatch.setattr(f'{MODULE}.PAUSE', 0.01)
-    monkeypatch.setattr(f'{MODULE}.TIMEOUT', (5.0, 0.3))
+    monkeypatch.setattr(download, '_CHUNK', 16)
+    monkeypatch.setattr(download, 'PAUSE', 0.01)
+    monkeypatch.setattr(download, 'TIMEOUT', (5.0, 0.3))
     monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('NO_PROXY', '127.0.0.1,localhost')
     monkeypatch.delenv('VIT_JAX_OFFLINE', raising=False)
@@ -122,7 +122,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def once():
     """A context in which nothing is tried twice."""
-    return mock.patch.object(module, 'TRIES', 1)
+    return mock.patch.object(download, 'TRIES', 1)
 
 
 def fails(name, *parts, **kwargs):
@@ -224,7 +224,7 @@ def test_the_next_run_goes_on_too(server, cache, once):
 def test_every_bit_of_progress_earns_new_tries(server):
     server.routes['/w'] = file(BODY, *[64] * 10)
     assert fetch(f'{server.address}/w').read_bytes() == BODY
-    assert len(server.asked) == 11 > module.TRIES
+    assert len(server.asked) == 11 > download.TRIES
 
 
 def test_a_server_that_knows_no_ranges_starts_anew(server):
@@ -235,8 +235,8 @@ def test_a_server_that_knows_no_ranges_starts_anew(server):
 
 def test_it_gives_up_when_nothing_grows(server, cache):
     server.routes['/w'] = file(BODY, *[320] * 20, ranges=False)
-    fails(f'{server.address}/w', f'tried {module.TRIES} times')
-    assert len(server.asked) == module.TRIES
+    fails(f'{server.address}/w', f'tried {download.TRIES} times')
+    assert len(server.asked) == download.TRIES
     assert not [p for p in cache.iterdir() if p.name.endswith('-w')]
 
 
@@ -412,7 +412,7 @@ def test_an_empty_file_is_refused(server, cache, answer):
 def test_no_more_than_announced_is_written(server, cache):
     # Chunks go before the length, which then is no limit to what comes.
     server.routes['/w'] = in_chunks(BODY, Content_Length=100)
-    fails(f'{server.address}/w', 'sent more than all', f'tried {module.TRIES} times')
+    fails(f'{server.address}/w', 'sent more than all', f'tried {download.TRIES} times')
     assert not [p for p in cache.iterdir() if p.suffix != '.lock']
 
 
@@ -514,10 +514,10 @@ def test_a_secure_address_leads_to_none_that_is_not(source, target, message):
         is_redirect=True, url=source, headers={'Location': target}
     )
     if not message:
-        module._check_redirect(response)
+        download._check_redirect(response)
         return
     with pytest.raises(UserError, match=message):
-        module._check_redirect(response)
+        download._check_redirect(response)
 
 
 @pytest.mark.parametrize(
@@ -606,7 +606,7 @@ def test_two_at_once_fetch_once(server, cache, capsys):
         threading.Thread(target=lambda: paths.append(fetch(f'{server.address}/w')))
         for _ in range(2)
     ]
-    with mock.patch.object(module, 'TIMEOUT', (5.0, 5.0)):
+    with mock.patch.object(download, 'TIMEOUT', (5.0, 5.0)):
         both[0].start()
         assert asked.wait(5)
         both[1].start()
@@ -647,7 +647,7 @@ def test_a_full_disk(server, monkeypatch):
 
     server.routes['/w'] = file(BODY)
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, 'fsync', full)
+        patch.setattr(download.os, 'fsync', full)
         fails(f'{server.address}/w', 'No space left on device', 'VIT_JAX_CACHE')
         fails(f'{server.address}/w', 'not in the cache', offline=True)
     assert fetch(f'{server.address}/w').read_bytes() == BODY
@@ -692,7 +692,7 @@ def test_what_is_missing_has_to_fit(server, cache, disk, once, tag):
 
 
 def test_a_file_without_an_end_leaves_room(server, cache, disk, monkeypatch):
-    monkeypatch.setattr(f'{MODULE}._RESERVE', 100)
+    monkeypatch.setattr(download, '_RESERVE', 100)
     server.routes['/w'] = in_chunks(BODY, Content_Length=None)
     disk(*range(130, 0, -10))
     fails(f'{server.address}/w', '(of unknown size) does not fit', '90.0B are free')
@@ -729,20 +729,20 @@ def test_a_cache_may_be_a_relative_path(server, tmp_path, monkeypatch):
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    assert module._cache_folder() == tmp_path / 'cache'
+    assert fetching._cache_folder() == tmp_path / 'cache'
     monkeypatch.setenv('VIT_JAX_CACHE', '~/weights')
-    assert module._cache_folder() == tmp_path / 'home/weights'
+    assert fetching._cache_folder() == tmp_path / 'home/weights'
     monkeypatch.delenv('VIT_JAX_CACHE')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
-    assert module._cache_folder() == tmp_path / 'xdg/vit_jax'
+    assert fetching._cache_folder() == tmp_path / 'xdg/vit_jax'
     monkeypatch.delenv('XDG_CACHE_HOME')
-    assert module._cache_folder() == tmp_path / 'home/.cache/vit_jax'
+    assert fetching._cache_folder() == tmp_path / 'home/.cache/vit_jax'
 
 
 def test_augreg_is_short_for_an_address(server, monkeypatch):
-    assert module._AUGREG.startswith('https://storage.googleapis.com/vit_models/')
+    assert fetching._AUGREG.startswith('https://storage.googleapis.com/vit_models/')
     server.routes['/augreg/R_Ti_16-i1k--lr_0.03.npz'] = file(BODY)
-    monkeypatch.setattr(f'{MODULE}._AUGREG', server.address + '/augreg/{}.npz')
+    monkeypatch.setattr(fetching, '_AUGREG', server.address + '/augreg/{}.npz')
     path = fetch('augreg:R_Ti_16-i1k--lr_0.03')
     assert path.read_bytes() == BODY
     assert fetch('augreg:R_Ti_16-i1k--lr_0.03.npz') == path
