@@ -103,6 +103,8 @@ def test_all_cells_then_none_then_one(run, folder, words):
 
 
 def test_some_cells(run, folder, words):
+    _, out, _ = run('reproduce', 'wait/b', *words, '--part=1/2', '--list')
+    assert 'b/2% | 0 of 2 seeds' in out and 'b/1%' not in out
     _, _, err = run('reproduce', 'wait/b', *words, '--part=1/2')
     assert err.splitlines()[1:3] == [
         'wait/b/2%, seed 0: done',

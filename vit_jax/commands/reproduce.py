@@ -107,6 +107,9 @@ def main(argv: Sequence[str]) -> int:
         cells = [cell for cell in cells if cell.seed == args.seed]
         if not cells:
             raise UserError(f'{args.name} has no seed {args.seed}')
+    if args.part:
+        part, of = args.part
+        cells = cells[part::of]
     if args.list or args.costs:
         folder = args.results or args.experiments / name
         lines = gather(experiment, folder, args.workdir and args.workdir / name)
@@ -118,9 +121,6 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.workdir is None:
         raise UserError('name a folder for the runs, such as --workdir=/tmp/runs')
-    if args.part:
-        part, of = args.part
-        cells = cells[part::of]
     return _run(args, experiment, cells)
 
 
