@@ -104,7 +104,8 @@ def test_all_cells_then_none_then_one(run, folder, words):
 
 def test_some_cells(run, folder, words):
     _, out, _ = run('reproduce', 'wait/b', *words, '--part=1/2', '--list')
-    assert 'b/2% | 0 of 2 seeds' in out and 'b/1%' not in out
+    assert 'b/2% | 0 of 2 seeds' in out
+    assert 'b/1%' not in out
     _, _, err = run('reproduce', 'wait/b', *words, '--part=1/2')
     assert err.splitlines()[1:3] == [
         'wait/b/2%, seed 0: done',
@@ -220,7 +221,13 @@ def test_what_there_is(run, folder, words):
     _, experiments = words
     code, out, _ = run('reproduce', '--list', experiments)
     assert code == 0
-    assert out.splitlines()[2:] == ['| wait | 0 of 6 | Cells that wait. |']
+    assert out.splitlines()[2:] == ['| wait | 0 of 6 | 0 | Cells that wait. |']
+    ran = {'cell': 'a', 'config': None, 'overrides': {'x': 1}, 'seed': 0, 'seconds': 91}
+    results = folder / 'experiments' / 'wait' / 'results.jsonl'
+    results.write_text(json.dumps(ran))
+    _, out, _ = run('reproduce', '--list', experiments)
+    assert out.splitlines()[2:] == ['| wait | 1 of 6 | 2 | Cells that wait. |']
+    results.unlink()
     run('reproduce', 'wait/a', *words, '--seed=0')
     _, out, _ = run('reproduce', 'wait', '--list', *words)
     assert out.splitlines()[2:] == [

@@ -247,12 +247,15 @@ def _names(base: pathlib.Path) -> list[str]:
 
 
 def _list_experiments(base: pathlib.Path) -> str:
+    """With the minutes that their cells took, wherever they ran."""
     rows = []
     for name in _names(base):
         experiment = load_experiment(base / name)
         ran, cells = gather(experiment, base / name), experiment.cells()
-        rows.append([name, f'{len(ran)} of {len(cells)}', experiment.title])
-    return table(['experiment', 'have run', 'what'], rows)
+        minutes = sum(line.get('seconds', 0) for line in ran) / 60
+        state = f'{len(ran)} of {len(cells)}'
+        rows.append([name, state, f'{minutes:,.0f}', experiment.title])
+    return table(['experiment', 'have run', 'minutes', 'what'], rows)
 
 
 def _list_cells(cells: Sequence[Cell], lines: Sequence[Line]) -> str:
