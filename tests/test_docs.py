@@ -57,6 +57,14 @@ def test_ci_runs_the_commands_of_the_readme():
         assert part.replace('pip install', 'pip install -q') in ci
 
 
+def test_results_are_those_of_the_tables():
+    linked = re.findall(r'\[([^]]+)\]\((experiments/\w+/table\.md)\)', README)
+    assert len(linked) > 10
+    for number, table in linked:
+        pattern = rf'(?<![\d.,]){re.escape(number)}(?![\d,]|\.\d)'
+        assert re.search(pattern, (ROOT / table).read_text()), f'{table}: {number}'
+
+
 def test_links_lead_somewhere():
     pages = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
     for page in pages:
