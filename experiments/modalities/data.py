@@ -107,18 +107,17 @@ def read_text() -> str:
 
 
 def cut_text(text: str, length: int = LENGTH) -> dict[str, list[str]]:
-    """Pieces of so many characters, one from the beginning of each word.
+    """Pieces of so many characters, from every place: a word may begin or end anywhere.
 
     Those of the first four fifths are to train on. Of the rest, phrases that a licence
     repeats word for word are left out.
 
-    >>> cut_text('to be or not to be to me', length=5)
-    {'train': ['to be', 'be or', 'or no', 'not t', 'to be'], 'test': ['to me']}
+    >>> cut_text('to be or not to be to me', length=5)['train'][:4]
+    ['to be', 'o be ', ' be o', 'be or']
     """
-    starts = [match.start() for match in re.finditer('[a-z]+', text)]
     cut = 4 * len(text) // 5
     train, test = (
-        [text[i : i + length] for i in starts if begin <= i <= end - length]
+        [text[i : i + length] for i in range(begin, end - length + 1)]
         for begin, end in ((0, cut), (cut, len(text)))
     )
     seen = {*train, *(piece[::-1] for piece in train)}

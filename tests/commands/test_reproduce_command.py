@@ -103,9 +103,6 @@ def test_all_cells_then_none_then_one(run, folder, words):
 
 
 def test_some_cells(run, folder, words):
-    _, out, _ = run('reproduce', 'wait/b', *words, '--part=1/2', '--list')
-    assert 'b/2% | 0 of 2 seeds' in out
-    assert 'b/1%' not in out
     _, _, err = run('reproduce', 'wait/b', *words, '--part=1/2')
     assert err.splitlines()[1:3] == [
         'wait/b/2%, seed 0: done',
@@ -267,6 +264,7 @@ def test_what_is_left_would_cost(run, folder, words):
         (['wait/b', '--seed=7'], 'wait/b has no seed 7'),
         (['wait', '--jobs=9999'], '9999 jobs have not one each of .* CPU cores'),
         ([], 'name an experiment; --list tells which there are'),
+        (['wait', '--list', '--part=0/2'], '--part is of what runs; --list and'),
         (['wait', '--jbos=2'], "does not take '--jbos=2'; did you mean --jobs"),
     ],
 )

@@ -95,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
     )
     args = options.parse_strict(parser, argv)
     options.quiet()
+    if args.part and (args.list or args.costs):
+        raise UserError('--part is of what runs; --list and --costs tell of all cells')
     if args.name is None:
         if not args.list:
             raise UserError('name an experiment; --list tells which there are')
@@ -107,9 +109,6 @@ def main(argv: Sequence[str]) -> int:
         cells = [cell for cell in cells if cell.seed == args.seed]
         if not cells:
             raise UserError(f'{args.name} has no seed {args.seed}')
-    if args.part:
-        part, of = args.part
-        cells = cells[part::of]
     if args.list or args.costs:
         folder = args.results or args.experiments / name
         lines = gather(experiment, folder, args.workdir and args.workdir / name)
@@ -121,6 +120,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.workdir is None:
         raise UserError('name a folder for the runs, such as --workdir=/tmp/runs')
+    if args.part:
+        part, of = args.part
+        cells = cells[part::of]
     return _run(args, experiment, cells)
 
 
