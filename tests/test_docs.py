@@ -63,6 +63,10 @@ def test_results_are_those_of_the_tables():
     for number, table in linked:
         pattern = rf'(?<![\d.,]){re.escape(number)}(?![\d,]|\.\d)'
         assert re.search(pattern, (ROOT / table).read_text()), f'{table}: {number}'
+    tables = [path.read_text() for path in ROOT.glob('experiments/*/table.md')]
+    means = re.findall(r'\d+\.\d ± \d+\.\d', README)
+    assert len(means) > 20
+    assert [x for x in means if not any(f' {x} (' in table for table in tables)] == []
 
 
 def test_links_lead_somewhere():

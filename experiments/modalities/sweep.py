@@ -4,7 +4,7 @@ vit_jax reproduce modalities --workdir=/tmp/runs --jobs=2
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,6 +24,7 @@ class Modality(NamedTuple):
     dataset: str
     size: str
     patch_size: int | tuple[int, ...]
+    recipe: Mapping[str, Any] = {}
 
 
 MODALITIES = {
@@ -38,6 +39,7 @@ MODALITIES = {
         'experiments.modalities.data:make_text',
         '24 letters',
         1,
+        {'num_steps': 3000},  # after 1,000 it has begun to learn
     ),
     'audio': Modality(
         'two tones, rising or falling?',
@@ -69,6 +71,7 @@ def sweep() -> Iterator[Cell]:
                 'dataset.name': modality.dataset,
                 **{f'model.kwargs.{key}': value for key, value in fields.items()},
                 **RECIPE,
+                **modality.recipe,
             }
             for positions, step in POSITIONS.items():
                 config = f'configs/digits_road.py:{step}'
