@@ -206,12 +206,13 @@ def test_data_on_the_device_is_trained_on_as_on_the_host(tmp_path, steps_per_cal
     np.testing.assert_allclose(seen[1], seen[0], rtol=1e-5)
 
 
-def test_a_finished_run_is_left_as_it_is(uninterrupted, capsys):
+def test_a_finished_run_is_left_as_it_is(uninterrupted, capsys, monkeypatch):
     run, workdir, result = uninterrupted
     before = (workdir / 'metrics.jsonl').read_bytes()
-    start = time.monotonic()
+    # Nothing is compiled or read.
+    monkeypatch.setattr(type(run.parallel), 'train_step', None)
+    monkeypatch.setattr(type(run), 'feed', None)
     assert train(run, workdir) == result
-    assert time.monotonic() - start < 2
     assert 'already finished' in capsys.readouterr().err
     assert (workdir / 'metrics.jsonl').read_bytes() == before
 
