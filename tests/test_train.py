@@ -211,7 +211,7 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, capsys, monkeypatch):
     before = (workdir / 'metrics.jsonl').read_bytes()
     # Nothing is compiled or read.
     monkeypatch.setattr(type(run.parallel), 'train_step', None)
-    monkeypatch.setattr(type(run), 'feed', None)
+    run = dataclasses.replace(run, feed=None)
     assert train(run, workdir) == result
     assert 'already finished' in capsys.readouterr().err
     assert (workdir / 'metrics.jsonl').read_bytes() == before
