@@ -53,6 +53,13 @@ def reason(error: BaseException) -> str:
     return ' '.join(text.split())[:200]
 
 
+def root_reason(error: BaseException) -> str:
+    """What lies at the bottom of an error, in one line."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return reason(error)
+
+
 class Stopped(Exception):
     """Training was asked to stop, and has saved where it was.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import tqdm
 
-from vit_jax.errors import UserError, reason
+from vit_jax.errors import UserError, root_reason
 
 TIMEOUT = (10.0, 30.0)  # seconds: to connect, and without a byte
 TRIES = 4  # in a row without progress
@@ -268,10 +268,3 @@ def log(message: str) -> None:
     """Where there is no bar; never on stdout, which belongs to results."""
     if not sys.stderr.isatty():
         print(message, file=sys.stderr, flush=True)
-
-
-def root_reason(error: BaseException) -> str:
-    """What lies at the bottom of an error, in one line."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return reason(error)

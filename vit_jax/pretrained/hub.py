@@ -6,8 +6,8 @@ import pathlib
 import posixpath
 import re
 
-from vit_jax.errors import UserError
-from vit_jax.pretrained.download import log, root_reason
+from vit_jax.errors import UserError, root_reason
+from vit_jax.pretrained.download import log
 
 _HUB_NAME = re.compile(r'hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@\s]+))?', re.I)
 # The weights of a repository, the best first; an index names the files beside it.
