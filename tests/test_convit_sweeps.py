@@ -70,16 +70,17 @@ def test_the_gap_grows_as_the_part_shrinks():
     assert experiment.draw([]) == {}
 
 
-def test_frozen_gpsa_is_compared_with_deit():
+def test_differences_are_asked_in_the_direction_of_the_paper():
     lines = lines_of(
         {
             'digits/f/10%': {s: {'accuracy': 0.8 + s / 100} for s in (0, 1, 2)},
             'digits/e/10%': {s: {'accuracy': 0.5 + s / 100} for s in (0, 1, 2)},
         }
     )
-    told = load('convit_table3').render(lines)
-    assert cells_of(told, 'e above f on 100%?')[1] == 'not run'
-    assert cells_of(told, 'f above e on 10%?')[1].startswith('supports: +30.0')
+    told = load('convit_table3').render(lines).splitlines()
+    full, tenth = (line for line in told if 'frozen at the convolutional start' in line)
+    assert 'e above f | +0.5 | not run' in full
+    assert 'f above e | +6.5 | supports: +30.0' in tenth
 
 
 def test_only_attention_differs_between_rows_d_and_e():
@@ -174,10 +175,13 @@ def test_locality_is_compared_by_seed(seeds):
             for layers in (1, 2, 3)
             for power, strength in zip((-2, -1, 0, 1), (0.25, 0.5, 1.0, 2.0))
         }
+        | {'digits/0': {s: {'accuracy': (40 + 10 * s) / 100} for s in (0, 1, 2)}}
     )
     experiment = load('convit_locality')
     told, count = experiment.render(lines), len(seeds)
-    row = cells_of(told, '3 layers above 1, mean over strengths')
+    row = cells_of(told, '1 above 0 layers, mean over strengths')
+    assert row[1] == 'supports: +11.5 (95% interval +11.5 to +11.5, 3 seeds)'
+    row = cells_of(told, '3 above 1 layers, mean over strengths')
     assert row[1] == f'supports: +4.0 (95% interval +4.0 to +4.0, {count} seeds)'
     row = cells_of(told, 'strength 2 above 0.25, mean over layers')
     assert row[1] == f'supports: +3.0 (95% interval +3.0 to +3.0, {count} seeds)'
