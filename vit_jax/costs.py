@@ -59,8 +59,8 @@ def describe(flops: int | None) -> tuple[str, str]:
 
     >>> describe(10**17), describe(10**19), describe(10**21)
     (('1.0e17', '4.2 minutes'), ('1.0e19', '7.0 hours'), ('1.0e21', '29 days'))
-    >>> describe(13_400_000_000), describe(None)
-    (('1.3e10', 'seconds'), ('not counted', ''))
+    >>> describe(10**18), describe(13_400_000_000), describe(None)
+    (('1.0e18', '42 minutes'), ('1.3e10', 'seconds'), ('not counted', ''))
     """
     if flops is None:
         return 'not counted', ''
@@ -70,6 +70,7 @@ def describe(flops: int | None) -> tuple[str, str]:
         return told, 'seconds'
     unit = 'minutes'
     for larger, size in (('hours', 60), ('days', 24)):
-        if time >= size:
-            unit, time = larger, time / size
+        if time < size:
+            break
+        unit, time = larger, time / size
     return told, f'{time:.1f} {unit}' if time < 10 else f'{time:.0f} {unit}'
