@@ -5,8 +5,8 @@ model     residual generator and discriminator, every kernel spectrally normalis
           self-attention on the 8x8 maps of both; 0.07M
 recipe    hinge losses, Adam without momentum at 2e-4 and 8e-4, 8,000 steps of 64
           images; samples are of the average over the last 1,000 steps
-expected  Fréchet distance 0.35 ± 0.03, `:plain` 0.27 ± 0.02, held-out digits 0.85 (seeds
-          0 to 2, experiments/sagan)
+expected  Fréchet distance 0.35 ± 0.03, `:plain` 0.27 ± 0.02, held-out digits 0.85
+          (seeds 0 to 2, experiments/sagan)
 
   vit_jax train --config=configs/digits_cnn.py --workdir=/tmp/digits_cnn
   vit_jax train --config=configs/digits_sagan.py --workdir=/tmp/digits_sagan \\
