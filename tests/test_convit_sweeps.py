@@ -62,7 +62,7 @@ def test_the_gap_grows_as_the_part_shrinks():
     experiment = load('convit_table2')
     told = experiment.render(lines)
     # 50%, 20% and 20% on the part, 10% on all: they grow by 40 and 10 points.
-    row = cells_of(told, 'mean over seeds')
+    row = cells_of(told, 'ConViT')
     assert row[1:6] == ['+30%', 'not run', 'not run', 'not run', '+10%']
     half = 12.706 * 15  # of a mean of two, 15 from either
     assert f'+25.0 (95% interval {25 - half:+.1f} to {25 + half:+.1f}, 2' in row[6]

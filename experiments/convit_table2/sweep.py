@@ -73,38 +73,43 @@ def render(lines: Sequence[Line]) -> str:
         rows = []
         for fraction in map('{:.0%}'.format, FRACTIONS):
             found = [values_of(lines, f'{data}/{m}/{fraction}') for m in MODELS]
-            convit, vit, _ = found
-            rows.append([fraction, *map(mean_sd, found), verdict(convit, vit)])
-        header = [f'training data, {data}', *MODELS, 'ConViT above ViT?']
-        parts.append(table(header, rows))
-        gaps = {fraction: _gaps(lines, data, fraction) for fraction in FRACTIONS}
-        means = [
-            f'{statistics.mean(gap.values()):+.0f}%' if gap else NOT_RUN
-            for gap in gaps.values()
-        ]
-        few, all_ = gaps[min(FRACTIONS)], gaps[max(FRACTIONS)]
-        grows = [few[seed] - all_[seed] for seed in few if seed in all_]
+            convit, vit, resnet = found
+            verdicts = [verdict(better, vit) for better in (convit, resnet)]
+            rows.append([fraction, *map(mean_sd, found), *verdicts])
+        header = [f'training data, {data}', *MODELS]
+        parts.append(table([*header, 'ConViT above ViT?', 'ResNet above ViT?'], rows))
         header = [
             f'gap as a share of ViT, {data}',
             *map('{:.0%}'.format, FRACTIONS),
             f'larger on {min(FRACTIONS):.0%} than on all?',
         ]
-        row = ['mean over seeds', *means, verdict_of_pairs(grows)]
-        parts.append(table(header, [row]))
+        rows = [[model, *_growth(lines, data, model)] for model in ('ConViT', 'ResNet')]
+        parts.append(table(header, rows))
     parts.append(published_table(sweep(), lines))
     return '\n'.join(parts)
 
 
-def _gaps(lines: Sequence[Line], data: str, fraction: float) -> dict[int, float]:
-    """How much better than ViT ConViT is, in per cent of ViT, by seed.
+def _growth(lines: Sequence[Line], data: str, model: str) -> Iterator[str]:
+    """The mean gap to ViT at each fraction; whether it grows as the part shrinks."""
+    gaps = {fraction: _gaps(lines, data, model, fraction) for fraction in FRACTIONS}
+    for gap in gaps.values():
+        yield f'{statistics.mean(gap.values()):+.0f}%' if gap else NOT_RUN
+    few, all_ = gaps[min(FRACTIONS)], gaps[max(FRACTIONS)]
+    yield verdict_of_pairs([few[seed] - all_[seed] for seed in few if seed in all_])
+
+
+def _gaps(
+    lines: Sequence[Line], data: str, model: str, fraction: float
+) -> dict[int, float]:
+    """How much better than ViT a model is, in per cent of ViT, by seed.
 
     A seed has the same part of the data for both.
     """
-    convit, vit = (
-        by_seed(lines, f'{data}/{model}/{fraction:.0%}') for model in ('ConViT', 'ViT')
+    better, vit = (
+        by_seed(lines, f'{data}/{name}/{fraction:.0%}') for name in (model, 'ViT')
     )
     return {
-        seed: 100 * (convit[seed] / vit[seed] - 1) for seed in convit if seed in vit
+        seed: 100 * (better[seed] / vit[seed] - 1) for seed in better if seed in vit
     }
 
 
