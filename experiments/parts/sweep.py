@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from vit_jax.experiment import Cell, Experiment, Line
 from vit_jax.results import NOT_RUN, mean_sd, table, values_of, verdict
 
+from .data import CANVAS
+
 SEEDS = (0, 1, 2)
-CANVAS = 16  # pixels a side, all of which ViT sees
 DEPTHS = (1, 2, 3, 4, 5, 7)  # convolutions 3x3 of stride 1; each sees two pixels more
 VIT = {'width': 64, 'depth': 4, 'mlp_dim': 128, 'num_heads': 4}
 
@@ -96,7 +97,7 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
     for i, (name, label) in enumerate(
         (('ViT', 'ViT'), ('ViT-none', 'ViT without positions'))
     ):
-        values = values_of(lines, name)  # beside the CNNs, for it sees everything
+        values = values_of(lines, name)  # on the right, for it sees the whole canvas
         axes.plot(
             [CANVAS + i] * len(values),
             values,
