@@ -3,8 +3,13 @@
 vit_jax reproduce convit_table3/digits --workdir=/tmp/runs --jobs=2
 """
 
+import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from vit_jax.experiment import Cell, Expected, Experiment, Line
 from vit_jax.results import mean_sd, published_table, table, values_of, verdict
@@ -42,31 +47,64 @@ DEIT = {
 }
 
 
+class Small(NamedTuple):
+    """The rows on other data: a ConViT, and what it is without GPSA.
+
+    Attributes:
+      convit, vit: configs of equal size.
+      deit: overrides of `vit`: whose kernels start as ConViT's do, and as many heads.
+      num_local_layers: of GPSA in the ConViT.
+      overrides: of the configs.
+    """
+
+    convit: str
+    vit: str
+    deit: dict[str, Any]
+    num_local_layers: int
+    overrides: dict[str, Any] = {}
+
+
+SMALL = {
+    'digits': Small(
+        'configs/digits_road.py:convit',
+        'configs/digits_road.py:learned',
+        {'model.name': 'DeiT-Ti/2'},
+        num_local_layers=3,
+        overrides={'num_steps': 2500},  # as many images seen, however small the part
+    ),
+    # An epoch is all of the data, however small the part.
+    'cifar10': Small(
+        'configs/cifar10_convit.py',
+        'configs/cifar10_vit.py',
+        {'model.name': 'DeiT-Ti/4', 'model.kwargs.num_heads': 4},
+        num_local_layers=10,
+    ),
+}
+
+
 def sweep() -> Iterator[Cell]:
     """Every cell, the small ones first."""
-    for seed in SEEDS:
-        for row in ROWS:
-            for fraction in FRACTIONS:
-                step = 'learned' if row == 'e' else 'convit'
-                yield Cell(
-                    f'digits/{row}/{fraction:.0%}',
-                    f'configs/digits_road.py:{step}',
-                    {
-                        'dataset.train_fraction': fraction,
-                        'num_steps': 2500,  # as many images seen
-                        # Whose kernels start as ConViT's do, and ViT's do not.
-                        **({'model.name': 'DeiT-Ti/2'} if row == 'e' else {}),
-                        **ablate(row, num_local_layers=3),
-                    },
-                    seed,
-                )
+    for data, small in SMALL.items():
+        for seed in SEEDS:
+            for row in ROWS:
+                for fraction in FRACTIONS:
+                    yield Cell(
+                        f'{data}/{row}/{fraction:.0%}',
+                        small.vit if row == 'e' else small.convit,
+                        {
+                            'dataset.train_fraction': fraction,
+                            **small.overrides,
+                            **(small.deit if row == 'e' else {}),
+                            **ablate(row, small.num_local_layers),
+                        },
+                        seed,
+                    )
     for row, (_, published) in ROWS.items():
         for fraction, top1 in zip(FRACTIONS, published):
             yield Cell(
                 f'{row}/{fraction:.0%}',
                 'configs/imagenet_convit.py',
                 {
-                    # An epoch is all of the data, however small the part.
                     'dataset.train_fraction': fraction,
                     'optim.learning_rate': 4e-4,
                     **(DEIT if row == 'e' else {'model.name': 'ConViT-S+/16'}),
@@ -91,32 +129,85 @@ def ablate(row: str, num_local_layers: int) -> dict[str, Any]:
 
 
 def render(lines: Sequence[Line]) -> str:
-    """Each row on digits; what it is without that, as the paper counts; published."""
-    rows = [
-        [row, what, *(mean_sd(_digits(lines, row, f)) for f in FRACTIONS)]
-        for row, (what, _) in ROWS.items()
-    ]
-    parts = [
-        table(['', 'digits', *(f'{f:.0%}' for f in FRACTIONS)], rows),
-        table(['digits', 'difference', 'paper', 'here'], _differences(lines)),
-        published_table(sweep(), lines),
-    ]
+    """Each row on small data, and its differences; then what is published."""
+    parts = []
+    for data in SMALL:
+        rows = [
+            [row, what, *(mean_sd(_small(lines, data, row, f)) for f in FRACTIONS)]
+            for row, (what, _) in ROWS.items()
+        ]
+        parts.append(table(['', data, *(f'{f:.0%}' for f in FRACTIONS)], rows))
+        header = [data, 'difference', 'paper', 'here']
+        parts.append(table(header, _differences(lines, data)))
+    parts.append(published_table(sweep(), lines))
     return '\n'.join(parts)
 
 
-def _differences(lines: Sequence[Line]) -> Iterator[list[str]]:
+def _differences(lines: Sequence[Line], data: str) -> Iterator[list[str]]:
     """Each in the direction of the paper's."""
     for what, pair in DIFFERENCES.items():
         for i, fraction in enumerate(FRACTIONS):
             high, low = sorted(pair, key=lambda row: ROWS[row][1][i], reverse=True)
             published = ROWS[high][1][i] - ROWS[low][1][i]
-            here = verdict(*(_digits(lines, row, fraction) for row in (high, low)))
+            here = verdict(*(_small(lines, data, row, fraction) for row in (high, low)))
             told = f'{what}: {high} above {low}'
             yield [f'{fraction:.0%}', told, f'{published:+.1f}', here]
 
 
-def _digits(lines: Sequence[Line], row: str, fraction: float) -> list[float]:
-    return values_of(lines, f'digits/{row}/{fraction:.0%}')
+def _small(lines: Sequence[Line], data: str, row: str, fraction: float) -> list[float]:
+    return values_of(lines, f'{data}/{row}/{fraction:.0%}')
 
 
-EXPERIMENT = Experiment(sweep, render)
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
+    """Accuracy of each row, a point for a seed, beside the published one."""
+    prefixes = {f'{data}, here': f'{data}/' for data in SMALL} | {'ImageNet, here': ''}
+    panels = {
+        title: [
+            [values_of(lines, f'{prefix}{row}/{f:.0%}') for row in ROWS]
+            for f in FRACTIONS
+        ]
+        for title, prefix in prefixes.items()
+        if any(line['cell'].startswith(f'{prefix}a/') for line in lines)
+    }
+    panels['ImageNet, published'] = [
+        [[top1[i]] for _, top1 in ROWS.values()] for i in range(len(FRACTIONS))
+    ]
+    figure = Figure(figsize=(4 + 2 * len(panels), 2.8), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    for axes, (title, found) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items()
+    ):
+        _draw_rows(axes, title, found)
+    figure.axes[0].set_yticks(
+        range(len(ROWS)), [f'{row}: {what}' for row, (what, _) in ROWS.items()], size=7
+    )
+    figure.axes[0].invert_yaxis()
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    return {'ablations.png': figure}
+
+
+def _draw_rows(axes: Axes, title: str, found: list[list[list[float]]]) -> None:
+    """A colour for each fraction, by row and seed; a diamond for the mean."""
+    for i, (fraction, rows) in enumerate(zip(FRACTIONS, found)):
+        for place, values in enumerate(rows):
+            axes.plot(
+                values, [place] * len(values), 'o', ms=3, color=f'C{i}', alpha=0.5
+            )
+        means = {y: statistics.mean(values) for y, values in enumerate(rows) if values}
+        axes.plot(
+            list(means.values()),
+            list(means),
+            'D',
+            ms=5,
+            mfc='none',
+            color=f'C{i}',
+            label=f'{fraction:.0%} of the data',
+        )
+    axes.set_title(title, size=9)
+    axes.set_xlabel('accuracy, %')
+    axes.grid(axis='x', color='0.9')
+    axes.spines[['top', 'right', 'left']].set_visible(False)
+    axes.tick_params(axis='y', length=0)
+
+
+EXPERIMENT = Experiment(sweep, render, draw)
