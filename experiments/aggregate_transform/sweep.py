@@ -14,17 +14,18 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.experiment import Cell, Expected, Experiment, Line
 from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.conv import Conv
 from vit_jax.layers.mlp import MlpBlock
 from vit_jax.layers.psa import GPSA, PSA, psa_from_conv
-from vit_jax.results import NOT_RUN, table, values_of
+from vit_jax.results import NOT_RUN, status, table, values_of
 from vit_jax.typing import Array, Variables
 
 GRID, WIDTH = (4, 5), 12
 POSITIONS = math.prod(GRID)
 SEEDS = (0, 1, 2, 3, 4)
+SOURCE = 'derived of the layer'
 TOLERANCE = 1e-5  # of the largest singular value: float32 is 1e-7
 KEPT = 80  # singular values that are told
 
@@ -107,9 +108,10 @@ DRAWN = {
 
 def sweep() -> Iterator[Cell]:
     """Every cell."""
-    for name in LAYERS:
+    for name, layer in LAYERS.items():
+        expected = Expected(layer.rank, SOURCE, tolerance=0.0, path=('rank',))
         for seed in SEEDS:
-            yield Cell(name, None, {'layer': name}, seed)
+            yield Cell(name, None, {'layer': name}, seed, expected)
 
 
 # --- Jacobians --------------------------------------------------------------------
@@ -206,20 +208,23 @@ def render(lines: Sequence[Line]) -> str:
     for name, layer in LAYERS.items():
         ranks = values_of(lines, name, 'rank')
         if not ranks:
-            rows.append([layer.title, str(layer.rank), *[NOT_RUN] * 4])
+            rows.append([layer.title, str(layer.rank), *[NOT_RUN] * 5])
             continue
+        expected = Expected(layer.rank, SOURCE, tolerance=0.0)
+        said = {status([rank], expected) for rank in ranks}
         between = values_of(lines, name, 'between_positions')
         rows.append(
             [
                 layer.title,
                 str(layer.rank),
                 ', '.join(map(str, sorted(set(ranks)))),
+                ', '.join(sorted(said)),
                 f'{min(values_of(lines, name, "last")):.1e}',
                 f'{max(values_of(lines, name, "next")):.1e}',
                 f'{min(between):.2f} to {max(between):.2f}' if max(between) else '0',
             ]
         )
-    header = ['layer', 'rank predicted', 'rank', 'last value', 'next value']
+    header = ['layer', 'rank predicted', 'rank', 'status', 'last value', 'next value']
     return f"""Kronecker rank of the Jacobian: {POSITIONS} positions, {WIDTH} channels,
 {len(SEEDS)} seeds. Last value: the smallest singular value that counts; next: the
 largest that does not; both by the largest of all, and {TOLERANCE:g} lies between them.

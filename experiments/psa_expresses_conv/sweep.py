@@ -13,13 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.experiment import Cell, Expected, Experiment, Line
 from vit_jax.layers.psa import GPSA, PSA, psa_from_conv
 from vit_jax.layers.relative import positional_weights, relative_positions
 from vit_jax.models import build_model
-from vit_jax.results import NOT_RUN, table, values_of
+from vit_jax.results import NOT_RUN, status, table, values_of
 
 ENCODINGS = {'quadratic': 'quadratic features', 'table': 'table of offsets'}
+# Where each imitates the convolution; the largest error there is rounding alone.
+WHERE = {'quadratic': 'everywhere', 'table': 'inside'}
+SOURCE = 'arXiv 1911.03584, theorem 1'
+ROUNDING = 1e-4
 KERNEL_SIZES = (1, 3, 5, 7)
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 GRID, IN, OUT = (11, 13), 5, 7
@@ -37,7 +41,10 @@ def sweep() -> Iterator[Cell]:
         for size in KERNEL_SIZES:
             for seed in SEEDS:
                 overrides = {'encoding': encoding, 'kernel_size': size}
-                yield Cell(f'{encoding}/{size}x{size}', None, overrides, seed)
+                path = 'errors', f'{STRENGTHS[-1]:g}', WHERE[encoding], 'max'
+                expected = Expected(0.0, SOURCE, ROUNDING, path)
+                name = f'{encoding}/{size}x{size}'
+                yield Cell(name, None, overrides, seed, expected)
     for model in MODELS:
         for seed in MODEL_SEEDS:
             yield Cell(f'gpsa/{model}', None, {'model': f'{model}/16'}, seed)
@@ -252,7 +259,25 @@ the nearest convolution:
 {_starts(lines, '1')}
 The same at strength 8:
 
-{_starts(lines, '8')}"""
+{_starts(lines, '8')}
+Whether the largest error at strength {STRENGTHS[-1]:g} is 0, as {SOURCE},
+says, up to {ROUNDING:g}:
+
+{_statuses(lines)}"""
+
+
+def _statuses(lines: Sequence[Line]) -> str:
+    rows = {}
+    for cell in sweep():
+        if cell.expected:
+            where = f'{ENCODINGS[cell.overrides["encoding"]]}, '
+            where += WHERE[cell.overrides['encoding']]
+            values = values_of(lines, cell.name, *cell.expected.path)
+            largest = f'{max(values):.1e}' if values else NOT_RUN
+            said = status([max(values)] if values else [], cell.expected)
+            size = cell.overrides['kernel_size']
+            rows[cell.name] = [f'{size}x{size}', where, largest, said]
+    return table(['kernel', 'features', 'largest error', 'status'], rows.values())
 
 
 def _errors(lines: Sequence[Line], encoding: str, where: str, error: str) -> str:

@@ -15,10 +15,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.experiment import Cell, Expected, Experiment, Line
 from vit_jax.layers.attention import MultiHeadAttention
 from vit_jax.layers.local_attention import LocalAttention
-from vit_jax.results import NOT_RUN, table
+from vit_jax.results import NOT_RUN, status, table
 from vit_jax.summary import count
 from vit_jax.typing import Array
 
@@ -41,7 +41,14 @@ def sweep() -> Iterator[Cell]:
     for distance in DISTANCES:
         for method in METHODS:
             overrides = {'method': method, 'distance': distance}
-            yield Cell(f'{method}/{distance}', None, overrides)
+            expected = expected_reach(method, distance)
+            yield Cell(f'{method}/{distance}', None, overrides, expected=expected)
+
+
+def expected_reach(method: str, distance: int) -> Expected:
+    """The distance, or of global attention the border of the map, one further."""
+    reach = distance + (method == 'global')
+    return Expected(reach, 'derived of the layers', tolerance=0.0, path=('reach',))
 
 
 # --- The modules ----------------------------------------------------------------
@@ -187,8 +194,8 @@ def distances_from(shape: tuple[int, ...], centre: np.ndarray) -> np.ndarray:
 def render(lines: Sequence[Line]) -> str:
     """Costs by distance, and what the gradients say."""
     return f"""Reached distance, by the gradient, on a map that ends one position
-further ("all": up to its border), and how many of the positions within the distance
-count:
+further ("all": up to its border), how many of the positions within the distance count,
+and whether the layers are to reach so far:
 
 {_by_distance(lines, _describe_reach)}
 Layers:
@@ -208,7 +215,8 @@ squared gradient:
 
 def _describe_reach(line: Line) -> str:
     reach = 'all' if line['reach'] == line['border'] else f'{line["reach"]}'
-    return f'{reach} ({line["covered"]:.0%})'
+    said = status([line['reach']], expected_reach(**line['overrides']))
+    return f'{reach} ({line["covered"]:.0%}): {said}'
 
 
 def _by_distance(lines: Sequence[Line], describe: Callable[[Line], str]) -> str:
