@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.pictures import (
+    draw_heads,
     draw_image,
     draw_non_locality,
     draw_sheet,
@@ -291,3 +292,23 @@ def test_a_sheet_of_very_long_sentences_fits_in_memory():
     maps = np.full((4, 300, 300), 0.1)
     figure = draw_token_maps(name_heads(maps), tokens, tokens, 'title', LABELS)
     assert max(figure.bbox.size) == pytest.approx(8_000)
+
+
+def test_heads_have_a_panel_per_layer_and_a_line_per_head_and_run():
+    def at(step, seed):
+        return [[step + 10 * seed + layer, -layer] for layer in range(5)]
+
+    runs = [{step: at(step, seed) for step in (0, 7, 20)} for seed in (0, 1, 2)]
+    figure = draw_heads(runs, 'gate')
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == [f'block0{i}' for i in range(5)]
+    for layer, axes in enumerate(panels):
+        lines = [
+            (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
+        ]
+        expected = [
+            ([0, 7, 20], list(values))
+            for seed in (0, 1, 2)
+            for values in zip(*(at(step, seed)[layer] for step in (0, 7, 20)))
+        ]
+        assert lines == expected

@@ -1,7 +1,7 @@
 """Pictures of attention, drawn by matplotlib's Agg canvas: no display, no state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -198,6 +198,43 @@ def draw_non_locality(
     axes.set_ylabel('cells (dots: heads)', size=8)
     axes.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=7, frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
+    return figure
+
+
+def draw_heads(
+    runs: Sequence[Mapping[int, Sequence[Sequence[float]]]], label: str
+) -> Figure:
+    """What each head of each layer does over training: a panel for each layer.
+
+    Args:
+      runs: step -> layer -> head -> value; runs of one model have a line each.
+      label: of the values.
+    """
+    layers = len(next(iter(runs[0].values())))
+    columns = min(layers, 4)
+    rows = -(-layers // columns)
+    size = (3 * columns, 0.6 + 2.2 * rows)
+    figure = Figure(figsize=size, dpi=_DPI, layout='constrained')
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for layer, axes in enumerate(panels.flat):
+        axes.set_visible(layer < layers)
+        axes.spines[['top', 'right']].set_visible(False)
+        if layer >= layers:
+            continue
+        axes.set_title(f'block{layer:02d}', size=10)
+        for run, values in enumerate(runs):
+            heads = zip(*(at_step[layer] for at_step in values.values()))
+            for head, line in enumerate(heads):
+                name = f'head {head}' if run == 0 else None
+                axes.plot(
+                    list(values), line, color=f'C{head}', lw=1, alpha=0.8, label=name
+                )
+    for axes in panels[:, 0]:
+        axes.set_ylabel(label)
+    for axes in panels[-1]:
+        axes.set_xlabel('updates')
+    panels[0, 0].legend(fontsize=7, frameon=False)
     return figure
 
 

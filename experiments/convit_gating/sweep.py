@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 import jax
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vit_jax.experiment import (
@@ -21,8 +20,10 @@ from vit_jax.experiment import (
     train_cell,
 )
 from vit_jax.maps import attention_maps
+from vit_jax.pictures import draw_heads
 from vit_jax.results import NOT_RUN, table, values_of, verdict_of_pairs
 
+NAMES = ('digits', 'ConViT-S')
 SEEDS = (0, 1, 2)
 KEEP = {'checkpoint.every_steps': 100, 'checkpoint.keep': 1000}
 
@@ -52,7 +53,7 @@ def measure(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> Line:
 def render(lines: Sequence[Line]) -> str:
     """The mean gate of each layer, over heads and seeds, on the way; and the claim."""
     parts = []
-    for name in ('digits', 'ConViT-S'):
+    for name in NAMES:
         found = values_of(lines, name, 'gates')
         if not found:
             parts.append(table([name, 'gates'], [['all layers', NOT_RUN]]))
@@ -94,26 +95,12 @@ def _some(steps: list[str]) -> list[str]:
 
 def draw(lines: Sequence[Line]) -> dict[str, Figure]:
     """A panel for each layer, a line for each head of each seed."""
-    found = values_of(lines, 'digits', 'gates')
-    if not found:
-        return {}
-    layers = len(found[0]['0'])
-    figure = Figure(figsize=(3 * layers, 2.8), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, layers, sharey=True)
-    for layer, axes in enumerate(all_axes):
-        for seed, gates in enumerate(found):
-            steps = [int(step) for step in gates]
-            for head, values in enumerate(zip(*(g[layer] for g in gates.values()))):
-                label = f'head {head}' if seed == 0 else None
-                axes.plot(steps, values, color=f'C{head}', lw=1, alpha=0.8, label=label)
-        axes.set_title(f'block{layer:02d}', size=10)
-        axes.set_xlabel('updates')
-        axes.set_ylim(0, 1)
-        axes.spines[['top', 'right']].set_visible(False)
-    all_axes[0].set_ylabel('gate: share of position')
-    all_axes[0].legend(fontsize=7, frameon=False)
-    return {'gates.png': figure}
+    pictures = {}
+    for name in NAMES:
+        if found := values_of(lines, name, 'gates'):
+            runs = [{int(step): x for step, x in gates.items()} for gates in found]
+            pictures[f'{name}.png'] = draw_heads(runs, 'gate: share of position')
+    return pictures
 
 
 EXPERIMENT = Experiment(sweep, render, draw, measure)

@@ -42,6 +42,7 @@ DIGITS = {
     'ResNet': 'configs/digits_road.py:resnet',
 }
 MODELS = tuple(DIGITS)
+SMALL = ('digits', 'cifar10')
 SEEDS = (0, 1, 2)
 
 
@@ -69,7 +70,7 @@ def sweep() -> Iterator[Cell]:
 def render(lines: Sequence[Line]) -> str:
     """Accuracy by fraction, both parts of the claim, and the published table."""
     parts = []
-    for data in ('digits', 'cifar10'):
+    for data in SMALL:
         rows = []
         for fraction in map('{:.0%}'.format, FRACTIONS):
             found = [values_of(lines, f'{data}/{m}/{fraction}') for m in MODELS]
@@ -114,31 +115,37 @@ def _gaps(
 
 
 def draw(lines: Sequence[Line]) -> dict[str, Figure]:
-    """Accuracy by fraction on digits, with the spread over seeds."""
-    if not any(line['cell'].startswith('digits/') for line in lines):
-        return {}
+    """Accuracy by fraction, with the spread over seeds."""
+    return {
+        f'{data}.png': _draw_fractions(lines, data)
+        for data in SMALL
+        if any(line['cell'].startswith(f'{data}/') for line in lines)
+    }
+
+
+def _draw_fractions(lines: Sequence[Line], data: str) -> Figure:
     figure = Figure(figsize=(5, 3.2), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for i, model in enumerate(MODELS):
         for fraction in FRACTIONS:
-            values = values_of(lines, f'digits/{model}/{fraction:.0%}')
+            values = values_of(lines, f'{data}/{model}/{fraction:.0%}')
             axes.plot([100 * fraction] * len(values), values, 'o', ms=3, color=f'C{i}')
         means = {
             100 * fraction: sum(values) / len(values)
             for fraction in FRACTIONS
-            if (values := values_of(lines, f'digits/{model}/{fraction:.0%}'))
+            if (values := values_of(lines, f'{data}/{model}/{fraction:.0%}'))
         }
         axes.plot(list(means), list(means.values()), color=f'C{i}', label=model)
     axes.set_xscale('log')
     ticks = [100 * fraction for fraction in FRACTIONS]
     axes.set_xticks(ticks, [f'{tick:.0f}%' for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel('training digits')
+    axes.set_xlabel(f'training data, {data}')
     axes.set_ylabel('test accuracy, %')
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    return {'digits.png': figure}
+    return figure
 
 
 EXPERIMENT = Experiment(sweep, render, draw)
