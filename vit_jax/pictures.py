@@ -232,7 +232,7 @@ def draw_heads(
                 )
     for axes in panels[:, 0]:
         axes.set_ylabel(label)
-    for axes in panels[-1]:
+    for axes in panels.flat[max(layers - columns, 0) : layers]:
         axes.set_xlabel('updates')
     panels[0, 0].legend(fontsize=7, frameon=False)
     return figure

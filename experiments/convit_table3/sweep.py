@@ -161,22 +161,21 @@ def _small(lines: Sequence[Line], data: str, row: str, fraction: float) -> list[
 def draw(lines: Sequence[Line]) -> dict[str, Figure]:
     """Accuracy of each row, a point for a seed, beside the published one."""
     prefixes = {f'{data}, here': f'{data}/' for data in SMALL} | {'ImageNet, here': ''}
-    panels = {
-        title: [
+    panels = {}
+    for title, prefix in prefixes.items():
+        found = [
             [values_of(lines, f'{prefix}{row}/{f:.0%}') for row in ROWS]
             for f in FRACTIONS
         ]
-        for title, prefix in prefixes.items()
-        if any(line['cell'].startswith(f'{prefix}a/') for line in lines)
-    }
+        if any(map(any, found)):
+            panels[title] = found
     panels['ImageNet, published'] = [
         [[top1[i]] for _, top1 in ROWS.values()] for i in range(len(FRACTIONS))
     ]
     figure = Figure(figsize=(4 + 2 * len(panels), 2.8), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
-    for axes, (title, found) in zip(
-        figure.subplots(1, len(panels), sharey=True), panels.items()
-    ):
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (title, found) in zip(grid.flat, panels.items()):
         _draw_rows(axes, title, found)
     figure.axes[0].set_yticks(
         range(len(ROWS)), [f'{row}: {what}' for row, (what, _) in ROWS.items()], size=7
