@@ -70,6 +70,18 @@ def test_the_gap_grows_as_the_part_shrinks():
     assert experiment.draw([]) == {}
 
 
+@pytest.mark.parametrize('cell', ['', 'digits/e/10%', 'cifar10/e/100%', 'b/10%'])
+def test_a_picture_of_ablations_has_what_has_run(cell):
+    lines = lines_of({cell: {0: {'accuracy': 0.7}}} if cell else {})
+    figure = load('convit_table3').draw(lines)['ablations.png']
+    titles = [axes.get_title() for axes in figure.axes]
+    data = {'digits': 'digits', 'cifar10': 'cifar10', 'b': 'ImageNet'}
+    found = [f'{data[cell.split("/")[0]]}, here'] if cell else []
+    assert titles == [*found, 'ImageNet, published']
+    drawn = [x for line in figure.axes[0].lines for x in line.get_xdata()]
+    assert (70.0 in drawn) == bool(cell)
+
+
 def test_differences_are_asked_in_the_direction_of_the_paper():
     lines = lines_of(
         {
@@ -132,7 +144,7 @@ def test_gates_are_told_from_the_first_step_to_the_last():
     keeps = cells_of(told, 'the first layer keeps more than the last')[1]
     assert keeps.startswith('supports: +0.400 ')  # 0.3, 0.4 and 0.5
     assert cells_of(told, 'the last layer lets go')[1].startswith('supports: +0.400 ')
-    assert list(experiment.draw(lines)) == ['gates.png']
+    assert list(experiment.draw(lines)) == ['digits.png']
 
 
 def test_how_far_layers_look_is_compared_within_a_run():
@@ -143,10 +155,10 @@ def test_how_far_layers_look_is_compared_within_a_run():
         {
             'digits/ConViT': {
                 seed: {
-                    'non_locality': {
-                        '0': [start] * 4,
-                        '1200': [9.0] * 4,
-                        '2500': [start + x for x in steps[seed]],
+                    'non_locality_of_heads': {
+                        '0': [[start, start]] * 4,
+                        '1200': [[9.0, 9.0]] * 4,
+                        '2500': [[start, start + 2 * x] for x in steps[seed]],
                     },
                     'maps': {step: [[[[0.1] * 4] * 4] * 4] * 4 for step in ('0', '9')},
                 }
@@ -163,7 +175,9 @@ def test_how_far_layers_look_is_compared_within_a_run():
     half = 4.303 * 0.1 / 3**0.5
     least = cells_of(told, 'block01 looks least far')[3]
     assert least.startswith(f'inconclusive: +0.200 (95% interval {0.2 - half:+.3f} to ')
-    assert {'non_locality.png', 'maps.png'} <= set(experiment.draw(lines))
+    heads, maps = 'digits_ConViT_heads.png', 'digits_ConViT_maps.png'
+    assert list(experiment.draw(lines)) == ['digits.png', heads, maps]
+    assert experiment.draw([]) == {}
 
 
 @pytest.mark.parametrize('seeds', [(0, 1, 2), (0, 2)])
@@ -188,5 +202,5 @@ def test_locality_is_compared_by_seed(seeds):
     assert row[1] == f'supports: +4.0 (95% interval +4.0 to +4.0, {count} seeds)'
     row = cells_of(told, 'strength 2 above 0.25, mean over layers')
     assert row[1] == f'supports: +3.0 (95% interval +3.0 to +3.0, {count} seeds)'
-    assert list(experiment.draw(lines)) == ['locality.png']
+    assert list(experiment.draw(lines)) == ['digits.png']
     assert experiment.draw([]) == {}
