@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -40,6 +41,7 @@ IMAGES = 64
 CELL = 2  # pixels a side of a cell of the last features
 SENTENCE = ['Deepak', 'is', 'the', 'son', 'of', 'Pradeep']
 POSITIONS = ('none', 'sincos1d', 'learned')
+STEPS = 300  # to tell it from its reverse
 # Of the first more than of the second, after training.
 CLAIMS = (
     ('shift', 'ViT', 'CNN'),
@@ -67,7 +69,7 @@ def sweep() -> Iterator[Cell]:
 def measure(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> Line:
     """Before training, and after."""
     if cell.config is None:
-        return {'change': reverse_sentence(cell.overrides['posemb'], cell.seed)}
+        return reverse_sentence(cell.overrides['posemb'], cell.seed)
     line = train_cell(cell, workdir, data_dir)
     run = build_cell(cell, data_dir=data_dir)
     from vit_jax.pretrained import load_variables
@@ -144,26 +146,53 @@ def distance(x: Array, y: Array) -> float:
     return float(jnp.sqrt(jnp.mean((x - y) ** 2) / spread))
 
 
-def reverse_sentence(posemb: str, seed: int) -> float:
-    """How much the features of a sentence change when its words are reversed.
+def reverse_sentence(posemb: str, seed: int) -> Line:
+    """A sentence against the same words in reverse order.
+
+    An encoder is trained to tell the two apart, and has seen nothing else.
 
     Args:
       posemb: of the encoder.
       seed: of its parameters, and of the words' vectors.
 
     Returns:
-      |f(reversed) - f(sentence)| / |f(sentence)|, of pooled features.
+      'before' and 'after' training: |f(reversed) - f(sentence)| / |f(sentence)|, of
+      pooled features; 'right': the probability that it gives what it has read, in per
+      cent, mean of both.
     """
     words = sorted({*SENTENCE})
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(len(words), 8)).astype(np.float32)
-    x = jnp.asarray([[vectors[words.index(word)] for word in SENTENCE]])
+    x = jnp.asarray([vectors[words.index(word)] for word in SENTENCE])
+    both, labels = jnp.stack([x, x[::-1]]), jnp.asarray([0, 1])
     encoder = ViT(
-        None, 1, width=32, depth=2, mlp_dim=64, num_heads=4, posemb=posemb, pool='mean'
+        2, 1, width=32, depth=2, mlp_dim=64, num_heads=4, posemb=posemb, pool='mean'
     )
-    variables = encoder.init(jax.random.key(seed), x)
-    forth, back = (encoder.apply(variables, y) for y in (x, x[:, ::-1]))
-    return float(jnp.linalg.norm(back - forth) / jnp.linalg.norm(forth))
+
+    def change(variables: Variables) -> float:
+        forth, back = encoder.clone(num_classes=None).apply(variables, both)
+        return float(jnp.linalg.norm(back - forth) / jnp.linalg.norm(forth))
+
+    def loss(variables: Variables) -> Array:
+        logits = encoder.apply(variables, both)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    tx = optax.adam(1e-3)
+
+    def step(state: tuple, _: None) -> tuple[tuple, None]:
+        variables, moments = state
+        updates, moments = tx.update(jax.grad(loss)(variables), moments)
+        return (optax.apply_updates(variables, updates), moments), None
+
+    fresh = encoder.init(jax.random.key(seed), both)
+    start = fresh, tx.init(fresh)
+    (trained, _), _ = jax.jit(lambda x: jax.lax.scan(step, x, length=STEPS))(start)
+    right = jax.nn.softmax(encoder.apply(trained, both))[jnp.arange(2), labels]
+    return {
+        'before': change(fresh),
+        'after': change(trained),
+        'right': 100 * float(right.mean()),
+    }
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -184,6 +213,7 @@ def render(lines: Sequence[Line]) -> str:
     header = ['model', 'features under a shift by a cell: before', 'after']
     header += ['features under a shuffle of the cells: before', 'after']
     header += ['classes that stay under that shift, after, %']
+    models = table(header, rows)
     claims = [
         [
             f'{key}: {more} changes more than {less}',
@@ -192,12 +222,24 @@ def render(lines: Sequence[Line]) -> str:
         for key, more, less in CLAIMS
     ]
     sentence = [
-        [posemb, mean_sd(values_of(lines, f'sentence/{posemb}', 'change'), '.1e')]
+        [
+            posemb,
+            *(
+                mean_sd(values_of(lines, f'sentence/{posemb}', key), form)
+                for key, form in (('before', '.1e'), ('after', '.1e'), ('right', '.1f'))
+            ),
+        ]
         for posemb in POSITIONS
     ]
-    told = table(['positions', f'"{" ".join(SENTENCE)}" and its reverse'], sentence)
+    header = [f'positions; "{" ".join(SENTENCE)}" and its reverse']
+    header += [
+        'features differ by: before',
+        'after',
+        'probability of the right one of the two, %',
+    ]
+    told = table(header, sentence)
     claim = table(['claim, after training', 'verdict'], claims)
-    return f'{table(header, rows)}\n{claim}\n{told}'
+    return f'{models}\n{claim}\n{told}'
 
 
 def draw(lines: Sequence[Line]) -> dict[str, Figure]:
