@@ -1,5 +1,7 @@
 """Experiments that are computed, not trained: their numbers on cases done by hand."""
 
+import functools
+import operator
 import pathlib
 
 import jax
@@ -10,11 +12,12 @@ from flax.traverse_util import flatten_dict
 from test_experiments import load_script
 
 from vit_jax.errors import UserError
-from vit_jax.experiment import Cell
+from vit_jax.experiment import Cell, load_experiment, read_lines
 from vit_jax.results import status
 from vit_jax.summary import count
 
 HERE = pathlib.Path()
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 
 
 @pytest.fixture(scope='module')
@@ -281,10 +284,8 @@ def test_rounded_values_have_the_tolerance_of_their_rounding(table1):
     ]
 
 
-def test_cells_that_cannot_run_here_say_why_in_one_line(table1, tmp_path):
+def test_without_imagenet_accuracy_says_so_in_one_line(table1, tmp_path):
     cells = {cell.name: cell for cell in table1.sweep()}
-    with pytest.raises(UserError, match='ConViT-B is measured on an accelerator'):
-        table1.measure(cells['speed/ConViT-B'], tmp_path, None)
     with pytest.raises(UserError, match="'imagenet2012' is not prepared at") as told:
         table1.measure(cells['top1/ConViT-S'], tmp_path, str(tmp_path))
     assert '\n' not in str(told.value)
@@ -308,3 +309,42 @@ def test_accuracy_is_that_of_the_command(table1, tmp_path, monkeypatch):
     assert '--weights=hf:timm/convit_small.fb_in1k' in seen
     assert '--config.model.name=ConViT-S/16' in seen
     assert '--config.dataset.data_dir=/data/tfds' in seen
+
+
+def test_a_picture_of_the_zoo_has_what_was_counted(table1):
+    lines = [
+        {'cell': 'params/ConViT-S', 'seed': 0, 'value': 54.0, 'headless': 13.5},
+        {
+            'cell': 'speed/ConViT-B',
+            'seed': 0,
+            'images_per_second': {'ConViT-B': 3.0, 'DeiT-B': 4.0},
+        },
+    ]
+    sizes, speeds = table1.draw(lines)['zoo.png'].axes
+    drawn = [line.get_xydata().tolist() for line in sizes.lines]
+    assert [[5, 2.0]] in drawn  # the sixth of the zoo, by 27
+    assert [[5, 0.5]] in drawn
+    assert [[4, 0.75]] in [line.get_xydata().tolist() for line in speeds.lines]
+
+
+# --- Statuses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('name', 'cell', 'path'),
+    [
+        ('psa_expresses_conv', 'quadratic/5x5', ('errors', '64', 'everywhere', 'max')),
+        ('psa_expresses_conv', 'table/3x3', ('errors', '64', 'inside', 'max')),
+        ('aggregate_transform', 'attention/3', ('rank',)),
+        ('receptive_field', 'dilated/15', ('reach',)),
+        ('receptive_field', 'global/7', ('reach',)),
+    ],
+)
+def test_one_value_that_is_off_differs(name, cell, path):
+    folder = EXPERIMENTS / name
+    experiment, lines = load_experiment(folder), read_lines(folder / 'results.jsonl')
+    assert 'differs' not in experiment.render(lines)
+    line = next(line for line in lines if line['cell'] == cell)
+    *above, last = path
+    functools.reduce(operator.getitem, above, line)[last] += 1
+    assert experiment.render(lines).count('differs') == 1

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from vit_jax.benchmark import compare
 from vit_jax.commands import evaluate
 from vit_jax.data.datasets import load_dataset
-from vit_jax.errors import UserError
 from vit_jax.experiment import Cell, Expected, Experiment, Line
 from vit_jax.layers.attention import target_platform
 from vit_jax.models import build_model
@@ -66,7 +67,6 @@ ROWS = {
     'ConViT-B+': Row(16, 1024, 152, 30, 96, 82.5, 153_134_856),
 }
 CONVITS = tuple(name for name in ROWS if name.startswith('ConViT'))
-ON_CPU = ('ConViT-Ti', 'ConViT-Ti+', 'ConViT-S')  # of which a CPU times the speed
 # (batch, rounds): the paper's batch; a CPU's cores are busy with few images too.
 BATCH, CPU_BATCH = (128, 20), (4, 9)
 
@@ -168,13 +168,7 @@ def measure_speed(name: str, data_dir: str | None) -> Line:
     Forward passes in float32, in turns, with random parameters.
     """
     del data_dir
-    on_cpu = target_platform() == 'cpu'
-    if on_cpu and name not in ON_CPU:
-        raise UserError(
-            f'the speed of {name} is measured on an accelerator; a CPU measures that '
-            f'of {", ".join(ON_CPU)}'
-        )
-    batch, rounds = CPU_BATCH if on_cpu else BATCH
+    batch, rounds = CPU_BATCH if target_platform() == 'cpu' else BATCH
     models = timed(name)
     images = jax.random.normal(jax.random.key(0), (batch, SIDE, SIDE, 3))
     variables = {
@@ -248,6 +242,11 @@ def flops(cell: Cell) -> int:
 def render(lines: Sequence[Line]) -> str:
     """The paper's table, its numbers beside ours."""
     top1 = [cell for cell in sweep() if cell.overrides['measured'] == 'top1']
+    others = [
+        [name, f'{row.top1:g} ({SOURCE})', 'not run: no published weights']
+        for name, row in ROWS.items()
+        if not published_weights(name)
+    ]
     return f"""Parameters, in millions:
 
 {_params(lines)}
@@ -259,7 +258,8 @@ Images per second, forward, and the ratio to DeiT of the same name:
 {_speeds(lines)}
 Top-1 accuracy of the published weights on ImageNet, in per cent:
 
-{published_table(top1, lines)}"""
+{published_table(top1, lines)}
+{table(['model', 'published', 'measured'], others)}"""
 
 
 def _params(lines: Sequence[Line]) -> str:
@@ -325,4 +325,49 @@ def _speeds(lines: Sequence[Line]) -> str:
     return table([*header, 'published ratio'], rows)
 
 
-EXPERIMENT = Experiment(sweep, render, measure=measure, flops=flops)
+def draw(lines: Sequence[Line]) -> dict[str, Figure]:
+    """Measured by published parameters and multiply-adds; the speed beside DeiT's."""
+    figure = Figure(figsize=(9, 3.2), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    sizes, speeds = figure.subplots(1, 2, width_ratios=[3, 2])
+    for kind, key, label, style in (
+        ('params', 'value', 'parameters', 'oC0'),
+        ('params', 'headless', 'without the classifier', '+C0'),
+        ('macs', 'value', 'multiply-adds', 'sC1'),
+        ('macs', 'linear', 'without pairs of tokens', 'xC1'),
+    ):
+        ratios = {
+            name: values[0] / getattr(row, kind)
+            for name, row in ROWS.items()
+            if (values := values_of(lines, f'{kind}/{name}', key))
+        }
+        places = [[*ROWS].index(name) for name in ratios]
+        look = {'ms': 5, 'mfc': 'none', 'label': label}
+        sizes.plot(places, list(ratios.values()), style, **look)
+    sizes.set_xticks(range(len(ROWS)), ROWS, size=7, rotation=30, ha='right')
+    sizes.set_ylabel('counted / published')
+    for place, name in enumerate(CONVITS):
+        deit = name.replace('ConViT', 'DeiT')
+        here = [
+            measured[name] / measured[deit]
+            for measured in values_of(lines, f'speed/{name}', 'images_per_second')
+        ]
+        published = ROWS[name].speed / ROWS[deit].speed
+        for values, style, label in (
+            (here, 'oC0', 'here'),
+            ([published], 'DC1', 'published'),
+        ):
+            first = label if place == 0 else None
+            look = {'ms': 5, 'mfc': 'none', 'label': first}
+            speeds.plot([place] * len(values), values, style, **look)
+    speeds.set_xticks(range(len(CONVITS)), CONVITS, size=7, rotation=30, ha='right')
+    speeds.set_ylabel("images per second / DeiT's")
+    speeds.set_ylim(bottom=0)
+    for axes in (sizes, speeds):
+        axes.axhline(1, color='0.8', lw=1, zorder=0)
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[['top', 'right']].set_visible(False)
+    return {'zoo.png': figure}
+
+
+EXPERIMENT = Experiment(sweep, render, draw, measure, flops)
