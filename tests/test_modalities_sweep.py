@@ -64,9 +64,8 @@ def test_arrangements_of_parts_hold_the_same_patches(sweep):
     image = np.random.default_rng(0).integers(1, 255, (8, 8, 1)).astype(np.uint8)
     for row, col in itertools.product(range(7), repeat=2):
         right = cut(parts.arrange(image, parts.RIGHT, row, col), patch_size)
-        for order in parts.WRONG:
-            wrong = cut(parts.arrange(image, order, row, col), patch_size)
-            assert wrong == right
+        scrambled = parts.arrange(image, parts.SCRAMBLED, row, col)
+        assert cut(scrambled, patch_size) == right
 
 
 @pytest.mark.parametrize('name', MAKE)

@@ -19,21 +19,39 @@ def load(name):
     return load_experiment(EXPERIMENTS / name)
 
 
-def test_parts_lie_apart_and_none_is_in_its_place():
+@pytest.mark.parametrize('order', [(2, 3, 0, 1), (1, 3, 0, 2)])
+def test_parts_lie_apart(order):
     data = importlib.import_module('experiments.parts.data')
-    assert len(data.WRONG) == 9  # derangements of four
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    order = data.WRONG[0]
     canvas = data.arrange(image, order, row=3, col=5)
     assert canvas.shape == (16, 16, 1)
     for place, part in enumerate(order):
-        assert place != part
         for y in range(4):
             for x in range(4):
                 row = 3 + 6 * (place // 2) + y
                 there = canvas[row, 5 + 6 * (place % 2) + x]
                 assert there == image[4 * (part // 2) + y, 4 * (part % 2) + x]
     assert np.count_nonzero(canvas) == 63
+
+
+def test_ink_at_its_sides_does_not_give_a_scrambled_digit_away(tmp_path):
+    data = importlib.import_module('experiments.parts.data')
+    images = data.make_halves(str(tmp_path)).open('train')
+    ink, label = [], []
+    for example in map(images.__getitem__, range(0, len(images), 5)):
+        whole = example['image'][..., 0].astype(float)
+        row, col = (int(np.flatnonzero(whole.sum(axis)).min()) for axis in (1, 0))
+        ink.append([whole[row], whole[:, col]])
+        label.append(example['label'])
+    for side in np.sum(ink, axis=-1).T:
+        right = [np.mean((side > cut) == label) for cut in np.unique(side)]
+        assert np.abs(np.array(right) - 0.5).max() < 0.1
+
+
+def test_half_a_digit_gives_much_away_to_who_knows_where_it_lies(tmp_path):
+    (cell,) = (c for c in load('parts').cells('forest') if c.seed == 0)
+    line = load('parts').measure(cell, tmp_path, str(tmp_path))
+    assert 0.9 < line['accuracy'] < 1.0
 
 
 @pytest.mark.parametrize(('name', 'tells'), [('CNN-3', False), ('CNN-7', True)])
@@ -46,7 +64,7 @@ def test_who_sees_one_part_at_a_time_cannot_tell(name, tells, tmp_path):
     digit = np.random.default_rng(0).integers(256, size=(8, 8, 1), dtype=np.uint8)
     images = [
         data.arrange(digit, order, row, col)
-        for order in (data.RIGHT, data.WRONG[0])
+        for order in (data.RIGHT, data.SCRAMBLED)
         for row, col in ((0, 0), (6, 3))
     ]
     logits = run.model.apply(params, np.stack(images) / np.float32(127.5) - 1)
@@ -79,9 +97,15 @@ def test_cells_are_shuffled_as_loops_do():
             x[:, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2],
         )
     assert sweep.distance(x, x) == 0.0
-    assert (
-        sweep.reverse_sentence('none', 0) < 1e-5 < sweep.reverse_sentence('sincos1d', 0)
-    )
+
+
+@pytest.mark.parametrize(('posemb', 'right'), [('none', 50.0), ('sincos1d', 100.0)])
+def test_a_sentence_is_told_from_its_reverse_by_positions_alone(posemb, right):
+    sweep = importlib.import_module('experiments.equivariance.sweep')
+    found = sweep.reverse_sentence(posemb, seed=0)
+    assert found['right'] == pytest.approx(right, abs=1.0)
+    for when in ('before', 'after'):
+        assert (found[when] < 1e-5) == (posemb == 'none')
 
 
 @pytest.mark.parametrize(
@@ -153,3 +177,26 @@ def test_of_a_part_as_many_images_are_seen(name, imagenet):
     assert lengths.pop('cifar10', {(100.0, None)}) == {(100.0, None)}
     assert lengths.pop('digits') in ({(None, 2500)}, {(None, 1000)})
     assert not lengths
+
+
+def test_kernels_are_compared_by_seed():
+    """Seeds are far apart, and have the same part of the digits for all kernels."""
+    lines = [
+        {
+            'cell': f'digits/{kernel}/10%',
+            'seed': seed,
+            'accuracy': (50 + 10 * seed + kernel + (kernel == 5) * seed) / 100,
+            'params': 1,
+            'macs': 1,
+            'rates': {'step_seconds': 1.0},
+        }
+        for kernel in (3, 5, 15)
+        for seed in (0, 1, 2)
+    ]
+    told = load('kernel_size').render(lines).splitlines()
+    (row,) = (line for line in told if line.startswith('| 10%'))
+    _, _, smallest, second, _ = map(str.strip, row.split('|'))
+    assert smallest.startswith('contradicts: -12.0 (95% interval -12.0 to -12.0')
+    half = 4.303 / 3**0.5  # of -10, -9 and -8
+    told = f'contradicts: -9.0 (95% interval {-9 - half:.1f} to {-9 + half:.1f}'
+    assert second.startswith(told)

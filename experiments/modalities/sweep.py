@@ -27,19 +27,21 @@ class Modality(NamedTuple):
     recipe: Mapping[str, Any] = {}
 
 
+LONGER = {'num_steps': 3000}  # after 1,000 it has hardly begun to be learned
 MODALITIES = {
     'image': Modality(
         'parts of a digit, right or scrambled?',
-        'experiments.parts.data:make',
+        'experiments.parts.data:make_halves',
         '16 x 16 pixels',
         (2, 2),
+        LONGER,
     ),
     'text': Modality(
         'English, forwards or backwards?',
         'experiments.modalities.data:make_text',
         '24 letters',
         1,
-        {'num_steps': 3000},  # after 1,000 it has begun to learn
+        LONGER,
     ),
     'audio': Modality(
         'two tones, rising or falling?',

@@ -3,20 +3,25 @@
 vit_jax reproduce parts --workdir=/tmp/runs --jobs=2
 """
 
+import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vit_jax.experiment import Cell, Experiment, Line
+from vit_jax.data.datasets import load_dataset
+from vit_jax.data.transforms import decode_image
+from vit_jax.experiment import Cell, Experiment, Line, train_cell
 from vit_jax.results import NOT_RUN, mean_sd, table, values_of, verdict
 
-from .data import CANVAS
+from .data import CANVAS, PART
 
 SEEDS = (0, 1, 2)
 DEPTHS = (1, 2, 3, 4, 5, 7)  # convolutions 3x3 of stride 1; each sees two pixels more
+FOREST = 'forest'  # of half a digit
 VIT = {'width': 64, 'depth': 4, 'mlp_dim': 128, 'num_heads': 4}
 
 
@@ -50,11 +55,44 @@ def sweep() -> Iterator[Cell]:
     for seed in SEEDS:
         for name, (_, step, fields) in models().items():
             overrides: dict[str, Any] = {
-                'dataset.name': 'experiments.parts.data:make',
+                'dataset.name': 'experiments.parts.data:make_halves',
                 'augment.crop': 'none',
                 **{f'model.kwargs.{key}': value for key, value in fields.items()},
             }
             yield Cell(name, f'configs/digits_road.py:{step}', overrides, seed)
+        yield Cell(FOREST, None, {'sees': 'upper parts'}, seed)
+
+
+def measure(cell: Cell, workdir: pathlib.Path, data_dir: str | None) -> Line:
+    """Trains a model, or the forest."""
+    if cell.config:
+        return train_cell(cell, workdir, data_dir)
+    return {'accuracy': forest_accuracy(cell.seed, data_dir)}
+
+
+def forest_accuracy(seed: int, data_dir: str | None) -> float:
+    """How much the two parts give away that lie above, to who knows that they do.
+
+    They are the upper half of a digit, where it is right, or its lower half.
+
+    Args:
+      seed: of the random forest.
+      data_dir: where datasets lie.
+
+    Returns:
+      Its accuracy on the test split, as a share.
+    """
+    from sklearn.ensemble import RandomForestClassifier
+
+    def halves(split: str) -> tuple[np.ndarray, np.ndarray]:
+        source = load_dataset('digits', data_dir).open(split)
+        found = map(source.__getitem__, range(len(source)))
+        digits = np.stack([decode_image(x['image'], 1, x['name']) for x in found])
+        above = np.concatenate([digits[:, :PART], digits[:, PART:]])
+        return above.reshape(len(above), -1), np.repeat([0, 1], len(digits))
+
+    forest = RandomForestClassifier(300, random_state=seed).fit(*halves('train'))
+    return float(forest.score(*halves('test')))
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -64,6 +102,8 @@ def render(lines: Sequence[Line]) -> str:
         params = [f'{line["params"]:,}' for line in lines if line['cell'] == name]
         cells = [*params[:1], NOT_RUN][:1]
         rows.append([what, *cells, mean_sd(values_of(lines, name))])
+    told = 'random forest that is told what lies above, and sees that alone'
+    rows.append([told, '', mean_sd(values_of(lines, FOREST))])
     _, second, *_, last = (f'CNN-{receptive_field(depth)}' for depth in DEPTHS)
     claims = [
         [
@@ -116,4 +156,4 @@ def draw(lines: Sequence[Line]) -> dict[str, Figure]:
     return {'parts.png': figure}
 
 
-EXPERIMENT = Experiment(sweep, render, draw)
+EXPERIMENT = Experiment(sweep, render, draw, measure)
