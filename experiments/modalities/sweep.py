@@ -27,7 +27,7 @@ class Modality(NamedTuple):
     recipe: Mapping[str, Any] = {}
 
 
-LONGER = {'num_steps': 3000}  # after 1,000 it has hardly begun to be learned
+LONGER = {'num_steps': 3000}  # after 1,000 it still rises
 MODALITIES = {
     'image': Modality(
         'parts of a digit, right or scrambled?',
