@@ -67,5 +67,6 @@ def get_config(variant=None):
         config.batch_size = 16
         config.num_epochs = None
         config.num_steps = 3
+        config.optim.learning_rate = 0.01  # 1.6 is that of large batches
         config.optim.warmup_steps = 1
     return config
