@@ -25,7 +25,6 @@ from vit_jax.typing import Array, Variables
 GRID, WIDTH = (4, 5), 12
 POSITIONS = math.prod(GRID)
 SEEDS = (0, 1, 2, 3, 4)
-SOURCE = 'derived of the layer'
 TOLERANCE = 1e-5  # of the largest singular value: float32 is 1e-7
 KEPT = 80  # singular values that are told
 
@@ -109,9 +108,13 @@ DRAWN = {
 def sweep() -> Iterator[Cell]:
     """Every cell."""
     for name, layer in LAYERS.items():
-        expected = Expected(layer.rank, SOURCE, tolerance=0.0, path=('rank',))
         for seed in SEEDS:
-            yield Cell(name, None, {'layer': name}, seed, expected)
+            yield Cell(name, None, {'layer': name}, seed, expected_rank(layer))
+
+
+def expected_rank(layer: Layer) -> Expected:
+    """The rank that is predicted, to the last one."""
+    return Expected(layer.rank, 'derived of the layer', tolerance=0.0, path=('rank',))
 
 
 # --- Jacobians --------------------------------------------------------------------
@@ -210,8 +213,7 @@ def render(lines: Sequence[Line]) -> str:
         if not ranks:
             rows.append([layer.title, str(layer.rank), *[NOT_RUN] * 5])
             continue
-        expected = Expected(layer.rank, SOURCE, tolerance=0.0)
-        said = {status([rank], expected) for rank in ranks}
+        said = {status([rank], expected_rank(layer)) for rank in ranks}
         between = values_of(lines, name, 'between_positions')
         rows.append(
             [
